@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that one needs: each sets up .venv first, and only where something changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo
+	@$(BIN)/isograd demo
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: .venv/dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+# In its own environment: what it compares with (wandb, TensorBoard, Lightning) is no part of isograd's development.
+bench: .bench-venv/installed
+	@.bench-venv/bin/python benchmarks/bench.py
+
+.venv/bin/python:
+	@$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing isograd and PyTorch into .venv (once; some minutes)" >&2
+	@$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing isograd, PyTorch and the development tools into .venv (once; some minutes)" >&2
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ .venv/demo
+
+.bench-venv/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	@echo "installing isograd and what it is compared with into .bench-venv (once; some minutes)" >&2
+	@$(PYTHON) -m venv .bench-venv
+	@.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement benchmarks/requirements.txt --editable '.[demo]'
+	@touch $@
+
+clean:
+	rm -rf .venv .bench-venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
