@@ -1,0 +1,373 @@
+"""What can be measured: the first of the two vocabularies that cross the boundary to the frameworks.
+
+This module defines names, axes and meanings. It computes nothing: the kernels are in `frameworks/`,
+and every one of them is compared with a float64 one-liner in `tests/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["step", "group", "parameter", "layer", "call"]
+Tier = Literal["cheap", "deep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """One measurable quantity.
+
+    `axis` says what one row holds: a single number (`step`), one number per parameter group (`group`),
+    per parameter tensor (`parameter`), per layer (`layer`), or a profile over the calls of one layer (`call`).
+    `tier` says when it is read: at every optimizer step (`cheap`) or on the deep schedule (`deep`).
+    `error` states how exact it is. A reading that does not exist is NaN; non-finite entries are never
+    represented by NaN but counted by the `*_nonfinite` statistic of the same axis.
+    """
+
+    name: str
+    axis: Axis
+    tier: Tier
+    unit: str
+    meaning: str
+    error: str = "exact"
+
+
+_CATALOG = (
+    # ---- cheap tier, one number per step -----------------------------------------------------------------
+    Statistic(
+        name="loss",
+        axis="step",
+        tier="cheap",
+        unit="loss",
+        meaning="The tensor that `backward` was called on, averaged over the backward passes of the step and, "
+        "under data parallelism, over ranks. NaN when it is not finite: see `loss_nonfinite`.",
+    ),
+    Statistic(
+        name="loss_nonfinite",
+        axis="step",
+        tier="cheap",
+        unit="count",
+        meaning="How many of the step's loss values were NaN or Inf.",
+    ),
+    Statistic(
+        name="global_grad_norm",
+        axis="step",
+        tier="cheap",
+        unit="loss / weight",
+        meaning="L2 norm of all gradients together as the optimizer receives them: sqrt(sum of squares), after "
+        "unscaling, accumulation and the user's clipping.",
+    ),
+    Statistic(
+        name="global_grad_norm_unclipped",
+        axis="step",
+        tier="cheap",
+        unit="loss / weight",
+        meaning="The same before the user's `clip_grad_norm_`; equal to `global_grad_norm` where nothing clips by norm.",
+    ),
+    Statistic(
+        name="clip_factor",
+        axis="step",
+        tier="cheap",
+        unit="ratio",
+        meaning="The factor that the user's `clip_grad_norm_` multiplied the gradients with; 1 when it did not clip.",
+    ),
+    Statistic(
+        name="micro_batches",
+        axis="step",
+        tier="cheap",
+        unit="count",
+        meaning="Backward passes since the previous optimizer step.",
+    ),
+    Statistic(
+        name="loss_scale",
+        axis="step",
+        tier="cheap",
+        unit="ratio",
+        meaning="The scale of `torch.amp.GradScaler`; 1 without one.",
+    ),
+    Statistic(
+        name="skipped",
+        axis="step",
+        tier="cheap",
+        unit="count",
+        meaning="1 when the step left the weights alone because a GradScaler found a non-finite gradient.",
+    ),
+    Statistic(
+        name="step_seconds",
+        axis="step",
+        tier="cheap",
+        unit="s",
+        meaning="Wall time since the previous step ended, the watcher's own time included.",
+    ),
+    Statistic(
+        name="watch_seconds",
+        axis="step",
+        tier="cheap",
+        unit="s",
+        meaning="The watcher's own share of `step_seconds`, timed inside every hook.",
+    ),
+    # ---- cheap tier, per parameter group and per parameter ------------------------------------------------
+    Statistic(
+        name="learning_rate",
+        axis="group",
+        tier="cheap",
+        unit="1",
+        meaning="The learning rate that this step used, of each parameter group.",
+    ),
+    Statistic(
+        name="grad_norm",
+        axis="parameter",
+        tier="cheap",
+        unit="loss / weight",
+        meaning="L2 norm of the gradient as the optimizer receives it, accumulated in float32 or wider. Inf when the "
+        "sum of squares overflows although every entry is finite. NaN when there is no gradient or an entry is not finite.",
+    ),
+    Statistic(
+        name="grad_max",
+        axis="parameter",
+        tier="cheap",
+        unit="loss / weight",
+        meaning="Largest absolute gradient entry. Exactly 0 means an exactly zero gradient, also where the L2 norm "
+        "underflows (entries below 1e-23 in float32).",
+    ),
+    Statistic(
+        name="grad_nonfinite",
+        axis="parameter",
+        tier="cheap",
+        unit="count",
+        meaning="Entries of the gradient that are NaN or Inf. NaN when there is no gradient.",
+    ),
+    # ---- deep tier, per parameter ---------------------------------------------------------------------------
+    Statistic(
+        name="grad_zero_fraction",
+        axis="parameter",
+        tier="deep",
+        unit="fraction",
+        meaning="Share of gradient entries that are exactly zero.",
+        error="strided sample of at most 16384 entries: standard error <= 0.004",
+    ),
+    Statistic(
+        name="weight_norm",
+        axis="parameter",
+        tier="deep",
+        unit="weight",
+        meaning="L2 norm of the parameter before the step. NaN when an entry is not finite.",
+    ),
+    Statistic(
+        name="weight_nonfinite",
+        axis="parameter",
+        tier="deep",
+        unit="count",
+        meaning="Entries of the parameter that are NaN or Inf before the step.",
+    ),
+    Statistic(
+        name="state_nonfinite",
+        axis="parameter",
+        tier="deep",
+        unit="count",
+        meaning="Entries of the optimizer's state tensors for the parameter that are NaN or Inf after the step; read "
+        "when the gradient or the parameter is not finite, otherwise 0.",
+    ),
+    Statistic(
+        name="update_norm",
+        axis="parameter",
+        tier="deep",
+        unit="weight",
+        meaning="L2 norm of the change that the step made to the parameter.",
+        error="strided sample of at most 16384 entries, scaled by sqrt(numel / sampled): relative standard error "
+        "about sqrt(kurtosis / 4 / 16384), 1 % for Gaussian updates; exact for smaller tensors",
+    ),
+    Statistic(
+        name="update_ratio",
+        axis="parameter",
+        tier="deep",
+        unit="ratio",
+        meaning="update_norm over the L2 norm of the same sampled entries of the parameter before the step. About 1e-3 "
+        "is usual (Karpathy, makemore part 3, 2022).",
+        error="as update_norm",
+    ),
+    Statistic(
+        name="replica_difference",
+        axis="parameter",
+        tier="deep",
+        unit="ratio",
+        meaning="Data parallelism: largest difference of a checksum of the parameter between two ranks, over the largest "
+        "absolute checksum. 0 where replicas are equal; NaN in a single process.",
+    ),
+    # ---- deep tier, per layer -------------------------------------------------------------------------------
+    Statistic(
+        name="output_rms",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="Root mean square of the layer's output over all calls of the step; NaN when an entry is not finite.",
+    ),
+    Statistic(
+        name="output_mean",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="Mean of the layer's output over all calls of the step.",
+    ),
+    Statistic(
+        name="output_min",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="Smallest output entry. For inputs and targets: the smallest value fed.",
+    ),
+    Statistic(
+        name="output_max",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="Largest output entry. For inputs and targets: the largest value fed.",
+    ),
+    Statistic(
+        name="output_zero_fraction",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Share of output entries that are exactly zero.",
+        error="strided sample of at most 65536 entries a call: standard error <= 0.002",
+    ),
+    Statistic(
+        name="output_nonfinite",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="Output entries that are NaN or Inf. The first layer with a count above 0 whose `input_nonfinite` is 0 "
+        "is where the forward pass broke.",
+    ),
+    Statistic(
+        name="input_nonfinite",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="Entries of the layer's floating-point inputs that are NaN or Inf; read where the output has any.",
+    ),
+    Statistic(
+        name="output_size",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="Output entries of the step, all calls together.",
+    ),
+    Statistic(
+        name="calls",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="How often the layer was called in the step (weight sharing, time steps, micro-batches).",
+    ),
+    Statistic(
+        name="dead_fraction",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Activation layers: share of units (features or channels) whose slope is zero for every input of the "
+        "step. A unit is one index of the feature axis.",
+        error="all inputs up to 65536 entries a call, beyond that strided rows: a unit active on a share p of the rows "
+        "is missed with probability (1 - p)^rows",
+    ),
+    Statistic(
+        name="saturation",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Bounded activations (sigmoid, tanh, hardtanh, softsign): share of entries whose slope is below 5 % of "
+        "the activation's largest slope (sigmoid outside [.0127, .9873], |tanh| > .975).",
+        error="strided sample of at most 65536 entries a call: standard error <= 0.002",
+    ),
+    Statistic(
+        name="activation_slope",
+        axis="layer",
+        tier="deep",
+        unit="ratio",
+        meaning="Activation layers: sqrt(mean of the squared derivative), the activation's share of the per-layer "
+        "gradient factor sqrt(sigma_w^2 E[phi'^2]) of mean-field theory (Schoenholz et al. 2017).",
+        error="strided sample of at most 65536 entries a call",
+    ),
+    Statistic(
+        name="signal_norm",
+        axis="layer",
+        tier="deep",
+        unit="loss / activation",
+        meaning="L2 norm of the gradient of the loss with respect to the layer's output, all calls together: the "
+        "gradient signal. Inf when the sum of squares overflows; NaN when an entry is not finite, or none arrived.",
+    ),
+    Statistic(
+        name="signal_max",
+        axis="layer",
+        tier="deep",
+        unit="loss / activation",
+        meaning="Largest absolute entry of the gradient with respect to the layer's output.",
+    ),
+    Statistic(
+        name="signal_nonfinite",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="Entries of the gradient with respect to the layer's output that are NaN or Inf.",
+    ),
+    Statistic(
+        name="column_scale_ratio",
+        axis="layer",
+        tier="deep",
+        unit="ratio",
+        meaning="Two-dimensional inputs: largest over smallest root mean square among the columns that are not "
+        "constant zero.",
+        error="at most 4096 rows",
+    ),
+    Statistic(
+        name="output_std",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="Standard deviation of all entries: for inputs and targets, their scale about their mean.",
+    ),
+    Statistic(
+        name="row_sum_min",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="What enters the loss: smallest sum over the last axis. 1 everywhere means probabilities.",
+        error="at most 4096 rows",
+    ),
+    Statistic(
+        name="row_sum_max",
+        axis="layer",
+        tier="deep",
+        unit="activation",
+        meaning="What enters the loss: largest sum over the last axis.",
+        error="at most 4096 rows",
+    ),
+    Statistic(
+        name="attention_entropy",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Mean over sampled queries and heads of -sum(A log A) / log(keys attended to): 1 is uniform, 0 is one key.",
+        error="at most 1024 query rows a call",
+    ),
+    Statistic(
+        name="attention_logit_max",
+        axis="layer",
+        tier="deep",
+        unit="logit",
+        meaning="Largest |q k / sqrt(d)| among the sampled queries (Wortsman et al. 2023: runs diverged above 1e4).",
+        error="at most 1024 query rows a call: a lower bound",
+    ),
+    # ---- deep tier, a profile over calls ----------------------------------------------------------------------
+    Statistic(
+        name="call_signal_norm",
+        axis="call",
+        tier="deep",
+        unit="loss / activation",
+        meaning="`signal_norm` of each call of a layer that is called several times in a step, in the order of the "
+        "calls: the gradient signal through time of a recurrent cell.",
+    ),
+)
+
+STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in _CATALOG}
+"""Every statistic by its name."""
