@@ -1,0 +1,210 @@
+"""What is read at one call of a layer at a deep step: its output, and the gradient that comes back to it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isograd.frameworks import Shield
+from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch import _kernels as kernels
+from isograd.frameworks.torch._row import Row
+
+CALLS = 256
+"""Calls of one layer that are read in one step; a longer unrolling is read up to there."""
+
+
+@dataclass(slots=True)
+class Call:
+    """Readings of one call, still on the device. `size`: entries of the output. `has_signal`: a gradient arrived."""
+
+    size: int
+    shape: tuple[int, ...] = ()
+    readings: dict[str, Tensor] = field(default_factory=dict)
+    has_signal: bool = False
+    places: dict[str, int] = field(default_factory=dict)
+
+    def put_into(self, row: Row) -> None:
+        """Move the readings into `row`, remembering where each one stands."""
+        places = row.put(self.readings.values())
+        self.places = dict(zip(self.readings, places, strict=True))
+        self.readings = {}
+
+    def value(self, name: str, row: Row) -> float:
+        """A reading, once the row has arrived; NaN when it was not taken."""
+        place = self.places.get(name)
+        return math.nan if place is None else row[range(place, place + 1)][0]
+
+    def take_signal(self, gradient: Tensor | None) -> None:
+        """Read the gradient with respect to the output; a second one adds to it (weight sharing, retained graphs)."""
+        if gradient is None or not gradient.numel():
+            return
+        plain = kernels.real(gradient)
+        norm, peak = kernels.norms([plain])[0], kernels.largest([plain])[0]
+        if self.has_signal:
+            norm = torch.hypot(norm, self.readings["signal_norm"])
+            peak = torch.maximum(peak, self.readings["signal_max"])
+        self.readings["signal_norm"], self.readings["signal_max"] = norm, peak
+        if is_suspicious(peak):
+            self.readings["signal_nonfinite"] = kernels.num_nonfinite(plain)
+        self.has_signal = True
+
+
+def is_suspicious(reading: Tensor) -> bool:
+    """On CPU whether a reading is not finite; True on an accelerator, where looking would wait."""
+    return reading.device.type != "cpu" or not math.isfinite(reading)
+
+
+def read_values(values: Tensor, *, boundary: bool = False, rows: bool = False) -> Call:
+    """The statistics of a value as such. `boundary`: also spread and column scales. `rows`: also sums over rows."""
+    call = Call(size=values.numel())
+    plain = kernels.real(values)
+    if plain.dtype == torch.bool:
+        plain = plain.float()
+    call.size = plain.numel()
+    if not call.size:
+        return call
+    norm, mean, low, high = kernels.summary(plain)
+    call.readings.update({"norm": norm, "mean": mean, "low": low, "high": high})
+    if is_suspicious(norm):
+        call.readings["nonfinite"] = kernels.num_nonfinite(plain)
+    floating = plain.is_floating_point()
+    if not floating or not plain.dim():
+        return call
+    call.readings["zero"] = kernels.zero_fraction(kernels.activation_sample(plain))
+    if boundary and plain.numel() > 1:
+        call.readings["std"] = plain.std(correction=0).float()
+    if boundary and plain.dim() == 2 and plain.shape[1] > 1:
+        call.readings["columns"] = kernels.column_scale_ratio(plain)
+    if rows and plain.dim() >= 2:
+        call.readings["row_low"], call.readings["row_high"] = kernels.row_sums(plain)
+    return call
+
+
+def read_activation(call: Call, kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: dict[str, float]) -> None:
+    """Add how an activation works: dead units, saturation, slope."""
+    if not out.numel() or not out.is_floating_point():
+        return
+    rows = out.detach().unsqueeze(0) if out.dim() == 1 else out.detach()
+    names = ("dead", "saturation", "slope")
+    found = kernels.activation(kind, rows, None if x is None else x.detach().reshape(rows.shape), axis, parameters)
+    call.readings.update({name: reading for name, reading in zip(names, found, strict=True) if reading is not None})
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor in what a module returned: itself, in a tuple, list or mapping, or packed."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() or value.is_complex() else None
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return value.data
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return next((t for t in map(first_tensor, value) if t is not None), None)
+    return None
+
+
+def tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """The plain tensors among a module's positional arguments, packed sequences included."""
+    unpacked = (v.data if isinstance(v, nn.utils.rnn.PackedSequence) else v for v in values)
+    return [value for value in unpacked if isinstance(value, Tensor)]
+
+
+class OutputHook:
+    """A forward hook that tells a reader what a module returned, and nothing else.
+
+    It never stays in a copy: deep-copied or pickled it becomes a bound method of the standard library that ignores its
+    arguments and returns None, so that a copy or a checkpoint of a watched model neither watches nor needs isograd.
+    """
+
+    def __init__(self, shield: Shield, read: Any, layer: object) -> None:
+        self._shield, self._read, self._layer = shield, read, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._shield.call(self._read, self._layer, module, args, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def unit_axis(out: Tensor, after: str) -> int:
+    """Where the units of an activation are: channels (axis 1) behind a convolution or in images, else the last axis."""
+    return 1 if out.dim() >= 4 or (out.dim() == 3 and after == "conv") else -1
+
+
+def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
+    """The layer statistics of a step from its calls, as `_statistics.py` defines them."""
+
+    def of(name: str) -> list[float]:
+        return [call.value(name, row) for call in calls]
+
+    size = sum(call.size for call in calls)
+    bad = _total(of("nonfinite"))
+    found = {
+        "calls": float(len(calls)),
+        "output_size": float(size),
+        "output_nonfinite": bad,
+        "output_rms": math.nan if bad else math.sqrt(_total(_squares(of("norm"))) / size) if size else math.nan,
+        "output_mean": math.nan if bad else _weighted(of("mean"), calls),
+        "output_min": math.nan if bad else _extreme(min, of("low")),
+        "output_max": math.nan if bad else _extreme(max, of("high")),
+        "output_std": math.nan if bad else _weighted(of("std"), calls),
+        "output_zero_fraction": _weighted(of("zero"), calls),
+        "input_nonfinite": _total(of("inputs")) if any("inputs" in c.places for c in calls) else (math.nan if bad else 0.0),
+        "dead_fraction": _extreme(min, of("dead")),
+        "saturation": _weighted(of("saturation"), calls),
+        "activation_slope": math.sqrt(_weighted(_squares(of("slope")), calls)),
+        "column_scale_ratio": _extreme(max, of("columns")),
+        "row_sum_min": _extreme(min, of("row_low")),
+        "row_sum_max": _extreme(max, of("row_high")),
+        "attention_entropy": _weighted(of("entropy"), calls),
+        "attention_logit_max": _extreme(max, of("logit")),
+    }
+    if any(call.has_signal for call in calls):
+        lost = _total(of("signal_nonfinite"))
+        found["signal_nonfinite"] = lost
+        found["signal_norm"] = math.nan if lost else math.sqrt(_total(_squares(of("signal_norm"))))
+        found["signal_max"] = math.nan if lost else _extreme(max, of("signal_max"))
+    return found
+
+
+def _squares(values: list[float]) -> list[float]:
+    return [value * value if abs(value) < 1e154 else math.inf if value == value else value for value in values]
+
+
+def _present(values: list[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _total(values: list[float]) -> float:
+    return sum(_present(values))
+
+
+def _extreme(pick: Any, values: list[float]) -> float:
+    return float(pick(_present(values), default=math.nan))
+
+
+def _weighted(values: list[float], calls: Sequence[Call]) -> float:
+    pairs = [(value, call.size) for value, call in zip(values, calls, strict=True) if not math.isnan(value)]
+    weight = sum(size for _, size in pairs)
+    return sum(value * size for value, size in pairs) / weight if weight else math.nan
+
+
+def is_data(tensor: Tensor) -> bool:
+    """Whether a tensor looks like it came from outside the model: it carries no gradient history."""
+    return not tensor.requires_grad and tensor.grad_fn is None
+
+
+def hookable(module: nn.Module) -> bool:
+    """Whether a forward hook can be put on a module: scripted and compiled modules run outside Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return getattr(module, "_compiled_call_impl", None) is None and describe.is_layer(module)

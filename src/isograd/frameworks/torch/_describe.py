@@ -1,0 +1,157 @@
+"""What a PyTorch program consists of: layers, parameters, and where models and their names come from. Reads only."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isograd._history import Layer, Parameter
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("Linear", "linear"), ("Bilinear", "linear"), ("Conv", "conv"), ("Embedding", "embedding"),
+    ("BatchNorm", "batch-norm"), ("LayerNorm", "layer-norm"), ("GroupNorm", "group-norm"), ("RMSNorm", "rms-norm"),
+    ("InstanceNorm", "instance-norm"), ("Dropout", "dropout"), ("LeakyReLU", "leaky-relu"), ("PReLU", "leaky-relu"),
+    ("RReLU", "leaky-relu"), ("ReLU6", "hardtanh"), ("ReLU", "relu"), ("SELU", "selu"), ("CELU", "elu"), ("GELU", "gelu"),
+    ("ELU", "elu"), ("SiLU", "silu"), ("LogSoftmax", "log-softmax"), ("Softmax", "softmax"), ("LogSigmoid", "other"),
+    ("Hardsigmoid", "other"), ("Sigmoid", "sigmoid"), ("Tanhshrink", "other"), ("Hardtanh", "hardtanh"), ("Tanh", "tanh"),
+    ("Softplus", "softplus"), ("Softsign", "softsign"), ("Pool", "pool"), ("MultiheadAttention", "attention"),
+    ("RNNCell", "rnn-cell"), ("LSTMCell", "lstm-cell"), ("GRUCell", "gru-cell"), ("RNN", "rnn"), ("LSTM", "lstm"),
+    ("GRU", "gru"), ("Flatten", "flatten"), ("Identity", "identity"),
+)  # fmt: skip
+"""First match of a torch class name, longest names first where one contains another."""
+
+ACTIVATIONS = frozenset(
+    {"relu", "leaky-relu", "elu", "selu", "gelu", "silu", "sigmoid", "tanh", "hardtanh", "softplus", "softsign"}
+)
+
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def kind_of(module: nn.Module) -> str:
+    """The framework-neutral kind of a module, by the torch class that it is or derives from."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.") and cls is not nn.Module:
+            return next((kind for part, kind in _KINDS if part in cls.__name__), "other")
+    return "other"
+
+
+def activation_parameters(module: nn.Module) -> dict[str, float]:
+    """The constants that an activation's slope depends on."""
+    if isinstance(module, nn.Hardtanh):
+        return {"low": float(module.min_val), "high": float(module.max_val)}
+    if isinstance(module, nn.LeakyReLU):
+        return {"negative_slope": float(module.negative_slope)}
+    if isinstance(module, nn.SELU):
+        return {"alpha": 1.6732632423543772, "scale": 1.0507009873554805}
+    if isinstance(module, (nn.ELU, nn.CELU)):
+        return {"alpha": float(module.alpha)}
+    return {}
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether values are read at this module: it has no children, or holds parameters itself."""
+    return next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether the module only wraps another one under the name `module` (data parallelism)."""
+    return isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+
+
+def walk(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `root` once, in registration order, under the user's name (wrapper segments left out)."""
+    yield from _walk(root, prefix, set())
+
+
+def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if is_wrapper(module):
+        yield from _walk(module.module, name, seen)
+        return
+    if not isinstance(module, torch._dynamo.OptimizedModule if "torch._dynamo" in sys.modules else ()):
+        yield name, module
+    for child_name, child in module.named_children():
+        segment = "" if child_name in _WRAPPER_SEGMENTS else child_name
+        yield from _walk(child, ".".join(part for part in (name, segment) if part), seen)
+
+
+def layer_of(name: str, module: nn.Module) -> Layer:
+    """The description of a module before it was ever called."""
+    fan_in, fan_out = fans(module)
+    return Layer(name=name, kind=kind_of(module), type=type(module).__name__, fan_in=fan_in, fan_out=fan_out)
+
+
+def fans(module: nn.Module) -> tuple[int, int]:
+    """(fan-in, fan-out) of one unit, counted as in Glorot & Bengio 2010: for convolutions times the receptive field."""
+    if isinstance(module, nn.modules.rnn.RNNBase):
+        return module.input_size, module.hidden_size
+    if isinstance(module, nn.modules.rnn.RNNCellBase):
+        return module.input_size, module.hidden_size
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return 0, 0
+    if isinstance(module, nn.Embedding):
+        return 1, weight.shape[1]
+    field = weight[0][0].numel()
+    if getattr(module, "transposed", False):
+        return weight.shape[0] * field // module.groups, weight.shape[1] * field
+    return weight.shape[1] * field, weight.shape[0] * field // int(getattr(module, "groups", 1))
+
+
+def parameter_of(name: str, layer: str, tensor: Tensor, group: int) -> Parameter:
+    """The description of a parameter tensor; `group` is -1 when no optimizer holds it."""
+    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return Parameter(
+        name=name,
+        layer=layer,
+        shape=() if lazy else tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        trainable=tensor.requires_grad,
+        optimized=group >= 0,
+        group=group,
+    )
+
+
+def all_modules() -> list[nn.Module]:
+    """Every module alive in the process. `type()` instead of `isinstance`, which would wake lazy proxies."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+
+
+def roots_holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The topmost modules alive that hold any of `parameters`, in the order of the parameters."""
+    modules = all_modules()
+    children = {id(child) for module in modules for child in module.children()}
+    tops = [module for module in modules if id(module) not in children]
+    owner = {id(parameter): top for top in tops for parameter in top.parameters()}
+    found = {id(owner[id(p)]): owner[id(p)] for p in parameters if id(p) in owner}
+    return list(found.values())
+
+
+def variable_name(thing: object, frame: FrameType | None) -> str | None:
+    """The name under which a frame, or one that called it, knows `thing`: a variable, or an attribute of `self`."""
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(("torch.", "isograd.")):
+            for scope in (frame.f_locals, getattr(frame.f_locals.get("self"), "__dict__", {}), frame.f_globals):
+                name = _name_in(scope, thing)
+                if name is not None:
+                    return name
+        frame = frame.f_back
+    return None
+
+
+def _name_in(scope: Any, thing: object) -> str | None:
+    names = (name for name, value in list(scope.items()) if value is thing and isinstance(name, str))
+    return next((name for name in names if not name.startswith("_") and name != "self"), None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is only a shard of the user's parameter, so that a local norm would be wrong."""
+    return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "_sharding_spec")

@@ -1,0 +1,881 @@
+"""Follow a training program step by step: whose step it is, what is read when, and where it goes.
+
+The observer hears of backward passes and optimizer steps (`_taps.py`), puts output hooks on layers before deep steps
+(`_calls.py`), reads the loss's autograd graph at deep steps (`_trace.py`) and parameters around each step
+(`_parameters.py`). It draws no conclusions, and changes nothing.
+
+A *step* ends when an optimizer has stepped. Optimizers that step without a backward pass between them belong to one
+subject; which ones do is known when the next backward pass begins.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from isograd._history import Event
+from isograd._schedule import Schedule
+from isograd._statistics import STATISTICS
+from isograd.frameworks import Recorder, Shield
+from isograd.frameworks.torch import _calls as calls
+from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch import _ranks as ranks
+from isograd.frameworks.torch import _taps as taps
+from isograd.frameworks.torch import _trace as trace
+from isograd.frameworks.torch._calls import Call
+from isograd.frameworks.torch._parameters import ParameterReading
+from isograd.frameworks.torch._row import Queue, Row
+from isograd.frameworks.torch._subject import Subject
+
+_LAYER_STATISTICS = tuple(s.name for s in STATISTICS.values() if s.axis == "layer")
+_MODULE_STATISTICS = tuple(
+    name for name in _LAYER_STATISTICS if not name.startswith(("attention", "row_sum", "column")) and name != "output_std"
+)
+
+
+@dataclass
+class Boundary:
+    """Readings of something that is no module: an operation, an input, a prediction or a target."""
+
+    owner: nn.Module | None
+    name: str
+    kind: str
+    role: str
+    type: str
+    shape: tuple[int, ...]
+    call: Call
+    after: str = ""
+
+
+@dataclass
+class Window:
+    """What was read since the previous step ended. Holds scalars only, no batch and no activation."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    clips: list[tuple[Tensor, float]] = field(default_factory=list)
+    modules: weakref.WeakKeyDictionary[nn.Module, list[Call]] = field(default_factory=weakref.WeakKeyDictionary)
+    boundaries: list[Boundary] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    loss_scale: Tensor | None = None
+    compiled: bool = False
+    graph_read: bool = False
+    constant_outputs: set[int] = field(default_factory=set)
+    last_kind: str = ""
+
+    def absorb(self, later: Window) -> None:
+        """Add what was read in a window that belongs to the same step."""
+        self.losses += later.losses
+        self.clips += later.clips
+        self.boundaries += later.boundaries
+        self.events += later.events
+        for module, found in later.modules.items():
+            self.modules.setdefault(module, []).extend(found)
+        self.loss_scale = later.loss_scale if self.loss_scale is None else self.loss_scale
+        self.compiled |= later.compiled
+
+
+@dataclass
+class Pending:
+    """One optimizer's finished step that has not been written yet."""
+
+    optimizer: Optimizer
+    reading: ParameterReading
+    window: Window
+    deep: bool
+    skipped: bool
+    seconds: float
+    watch_seconds: float
+
+
+class Observer:
+    """Watches one process. `models`, `optimizers`: only these; both empty: everything that trains.
+
+    `make_schedule` gives each subject its own deep schedule. `on_step(subject, step, readings)` is called after each
+    step with loss and gradient norm; `between` outside of the shield, where it may end the program. Nothing else raises into
+    the user's program: every entry runs inside `shield`.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        shield: Shield,
+        *,
+        models: Sequence[nn.Module] = (),
+        optimizers: Sequence[Optimizer] = (),
+        make_schedule: Callable[[], Schedule] = Schedule,
+        on_step: Callable[[str, int, dict[str, float]], None] | None = None,
+        between: Callable[[], None] | None = None,
+        frame: FrameType | None = None,
+    ) -> None:
+        self._recorder, self._shield, self._make_schedule, self._on_step = recorder, shield, make_schedule, on_step
+        self._between = between
+        self._seen_optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
+        self._only = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._models = [weakref.ref(model) for model in models]
+        self._subjects: list[Subject] = []
+        self._schedules: dict[str, Schedule] = {}
+        self._roots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[nn.Module, trace.Place] = weakref.WeakKeyDictionary()
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._loose: dict[int, str] = {}
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+        self._window, self._queue, self._ranks = Window(), Queue(), None
+        self._pending: list[Pending] = []
+        self._stepping: ParameterReading | None = None
+        self._scaled_step = False
+        self._backward_depth = 0
+        self._foreign_backward = False
+        self._backwards = 0
+        self._packs_saved = False
+        self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._heads: dict[str, Any] = {}
+        self._marks = (time.perf_counter(), shield.seconds)
+        self._unmeasured: set[tuple[str, str]] = set()
+        for model in models:
+            self._adopt_root(model, describe.variable_name(model, frame) or type(model).__name__.lower())
+        for optimizer in optimizers:
+            self._seen_optimizers[optimizer] = None
+            self._discover(optimizer, frame)
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Begin to listen."""
+        taps.subscribe(self)
+        self._hook_layers(self._places)
+
+    def detach(self, *, unfinished: bool = False) -> None:
+        """Write what is pending, put everything back and stop listening; idempotent.
+
+        `unfinished`: something ended the program in the middle of a step, and what was read of that step is kept.
+        """
+        taps.unsubscribe(self)
+        self._unhook_layers()
+        if unfinished:
+            self._shield.call(self._keep_unfinished)
+        self._shield.call(self._finish)
+
+    def _keep_unfinished(self) -> None:
+        """The step that an exception cut short, as one that changed no weights."""
+        self._settle()
+        optimizer = next((o for o in self._seen_optimizers if self._is_ours(o)), None)
+        if optimizer is None or not (self._window.losses or self._window.modules):
+            return
+        with torch.no_grad():
+            reading = ParameterReading(optimizer)
+            if self._window.losses:
+                reading.read_gradients(deep=True)
+            self._window.events.append(("unfinished-step", {}))
+            self._end_step(optimizer, reading, skipped=True)
+
+    def release(self) -> None:
+        """Stop listening at once without writing, after a failure."""
+        taps.unsubscribe(self)
+        self._unhook_layers()
+        self._window, self._pending = Window(), []
+
+    def drain(self) -> None:
+        """Write what has been read so far, waiting for what is under way."""
+        self._queue.drain(everything=True)
+
+    def _finish(self) -> None:
+        self._settle()
+        self._queue.drain(everything=True)
+
+    @property
+    def subjects(self) -> list[str]:
+        """Names of the subjects seen so far."""
+        return [subject.name for subject in self._subjects]
+
+    # ---- discovery ------------------------------------------------------------------------------------------------
+
+    def made_optimizer(self, optimizer: Optimizer) -> None:
+        """A new optimizer: find the models that it trains, so that their first forward pass is seen."""
+        self._seen_optimizers[optimizer] = None
+        if not self._only and not self._models:
+            self._shield.call(self._discover, optimizer, _caller())
+
+    def _discover(self, optimizer: Optimizer, frame: FrameType | None = None) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
+        unknown = [p for p in parameters if not self._is_known(p)]
+        if not unknown:
+            return
+        for root in describe.roots_holding(unknown):
+            self._adopt_root(root, describe.variable_name(root, frame) or type(root).__name__.lower())
+        for parameter in unknown:
+            if not self._is_known(parameter):
+                self._loose[id(parameter)] = describe.variable_name(parameter, frame) or ""
+                self._known[id(parameter)] = weakref.ref(parameter)
+
+    def _is_known(self, parameter: Tensor) -> bool:
+        ref = self._known.get(id(parameter))
+        return ref is not None and ref() is parameter
+
+    def _adopt_root(self, root: nn.Module, name: str) -> None:
+        self._roots[root] = name
+        fresh = []
+        for path, module in describe.walk(root):
+            for parameter in module.parameters(recurse=False):
+                self._known[id(parameter)] = weakref.ref(parameter)
+            if module not in self._places:
+                self._places[module] = trace.Place(
+                    path or name, describe.kind_of(module), weakref.ref(module), weakref.ref(root)
+                )
+                fresh.append(module)
+        self._hook_layers(fresh)
+
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def _hook_layers(self, modules: Iterable[nn.Module]) -> None:
+        compiled = {id(m) for root in self._roots for m in _compiled_regions(root)}
+        for module in list(modules):
+            if module not in self._hooks and id(module) not in compiled and calls.hookable(module):
+                hook = calls.OutputHook(self._shield, self._read_output, self._places[module])
+                self._hooks[module] = module.register_forward_hook(hook)
+
+    def _unhook_layers(self) -> None:
+        for handle in list(self._hooks.values()):
+            handle.remove()
+        self._hooks.clear()
+
+    def _read_output(self, place: trace.Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.is_grad_enabled() or self._is_evaluation(place):
+            return
+        out = calls.first_tensor(output)
+        seen = self._window.modules.get(module)
+        if out is None or (seen is not None and (self._backward_depth or len(seen) >= calls.CALLS)):
+            return  # in backward only a recomputation is left: what was seen is not counted twice
+        with torch.no_grad():
+            call = self._measure(place, module, args, out)
+        self._window.modules.setdefault(module, []).append(call)
+        if out.requires_grad:
+            if out.grad_fn is not None:
+                out.grad_fn.metadata[trace.PLACE] = place
+            out.register_hook(SignalHook(self._shield, call))
+        else:
+            self._window.constant_outputs.add(out.untyped_storage().data_ptr())
+
+    def _is_evaluation(self, place: trace.Place) -> bool:
+        """A pass in evaluation mode of a model that was seen in training mode is not part of a step."""
+        root = place.root() if place.root is not None else None
+        if root is None:
+            return False
+        if root.training:
+            self._trained.add(root)
+        return not root.training and root in self._trained
+
+    def _measure(self, place: trace.Place, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Call:
+        call = calls.read_values(out, rows=place.kind in ("linear", "softmax", "log-softmax"))
+        inputs = calls.tensors_in(args)
+        if "nonfinite" in call.readings:
+            call.readings["inputs"] = _nonfinite_inputs(inputs)
+        if place.kind in describe.ACTIVATIONS:
+            x = inputs[0] if inputs and inputs[0] is not out and inputs[0].shape == out.shape else None
+            axis, constants = calls.unit_axis(out, self._window.last_kind), describe.activation_parameters(module)
+            calls.read_activation(call, place.kind, out, x, axis, constants)
+        elif place.kind in ("linear", "conv"):
+            self._window.last_kind = place.kind
+        for index, tensor in enumerate(inputs):
+            if calls.is_data(tensor) and tensor.dim() and not self._is_own_output(tensor):
+                self._note_input(module, index, tensor)
+        call.shape = tuple(out.shape)
+        return call
+
+    def _note_input(self, module: nn.Module, index: int, tensor: Tensor) -> None:
+        name = f"input.{index}" if index else "input"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        reading = calls.read_values(tensor, boundary=True)
+        self._window.boundaries.append(Boundary(module, name, "input", "input", dtype, tuple(tensor.shape), reading))
+
+    def _is_own_output(self, tensor: Tensor) -> bool:
+        """Whether the data is what a frozen layer of this step returned, not what came from outside."""
+        return tensor.untyped_storage().data_ptr() in self._window.constant_outputs
+
+    # ---- backward -------------------------------------------------------------------------------------------------
+
+    def before_backward(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+        """A backward pass is about to consume the graph."""
+        self._shield.call(self._before_backward, tensors, inputs)
+        if self._between is not None:
+            self._between()
+
+    def _before_backward(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+        self._backward_depth += 1
+        if self._backward_depth > 1:
+            return
+        self._foreign_backward = inputs is not None and not any(self._is_known(i) for i in inputs)
+        if self._foreign_backward:
+            return
+        if self._stepping is None:
+            self._settle()
+        self._backwards += 1
+        with torch.no_grad():
+            self._take_loss(tensors)
+
+    def _take_loss(self, tensors: Sequence[Tensor]) -> None:
+        values = [t.detach() for t in tensors if t.numel()]
+        if not values:
+            return
+        loss = torch.stack([(v if v.numel() == 1 else v.sum()).reshape(()).float() for v in values]).sum()
+        self._window.losses.append(loss)
+        wants_graph = not self._window.graph_read and self._wants_deep()
+        if wants_graph:
+            self._read_graph(max(tensors, key=lambda t: t.grad_fn is not None))
+        if loss.device.type == "cpu" and not math.isfinite(loss) and not self._packs_saved:
+            self._locate(tensors)
+
+    def _wants_deep(self) -> bool:
+        return bool(self._hooks) or any(subject.is_deep for subject in self._subjects) or not self._subjects
+
+    def _read_graph(self, loss: Tensor) -> None:
+        self._window.graph_read = True
+        found = trace.read_graph(loss)
+        self._window.compiled |= found.compiled
+        facts: dict[str, Any] = {"operations": found.head, "nodes": found.num_nodes}
+        if not self._packs_saved:
+            for operation in found.operations.values():
+                self._read_operation(operation)
+            for index, node in enumerate(found.losses[:4]):
+                self._read_loss(node, index, facts)
+        self._window.events.append(("loss-graph", facts))
+
+    def _read_operation(self, operation: trace.Operation) -> None:
+        after = operation.owner.kind if operation.owner is not None else ""
+        owner = operation.owner.module() if operation.owner is not None else None
+        for node, call in trace.read_operation(operation, after):
+            node.register_prehook(SignalHook(self._shield, call))
+            self._window.boundaries.append(
+                Boundary(owner, operation.name, operation.kind, "operation", trace.operation_name(node), (), call)
+            )
+
+    def _read_loss(self, node: Any, index: int, facts: dict[str, Any]) -> None:
+        entered = trace.read_loss(node)
+        if entered is None:
+            return
+        prefix = "loss" if index == 0 else f"loss-{index + 1}"
+        facts[prefix] = {
+            "operation": entered.operation,
+            "prediction_shape": list(entered.prediction_shape),
+            "target_shape": list(entered.target_shape),
+            "broadcast": entered.broadcast,
+        }
+        for role, call, dtype, shape in (
+            ("prediction", entered.prediction, entered.operation, entered.prediction_shape),
+            ("target", entered.target, entered.target_dtype, entered.target_shape),
+        ):
+            if call is not None:
+                self._window.boundaries.append(Boundary(None, f"{prefix}.{role}", role, role, dtype, shape, call))
+
+    def _locate(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            bad = trace.first_bad_operation(tensor)
+            if bad is not None:
+                facts = {"place": bad.place, "operation": bad.operation, "reason": bad.reason}
+                self._window.events.append(("nonfinite", {**facts, "count": bad.count, "size": bad.size, "leaf": bad.owner}))
+                return
+
+    def after_backward(self) -> None:
+        """A backward pass has ended; optimizers that stepped inside it form one step."""
+        self._shield.call(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._backward_depth = max(0, self._backward_depth - 1)
+        if not self._backward_depth and self._pending and self._stepping is None:
+            self._settle()
+
+    def packs_saved_tensors(self) -> None:
+        """Saved tensors are packed somewhere: reading one could run user code."""
+        self._packs_saved = True
+
+    def clipped(self, norm: Tensor, limit: float) -> None:
+        """`clip_grad_norm_` found `norm` and will scale gradients so that it is at most `limit`."""
+        self._shield.call(self._note_clip, norm, limit)
+
+    def _note_clip(self, norm: Tensor, limit: float) -> None:
+        if self._backwards:
+            self._window.clips.append((norm.detach().reshape(()).clone(), float(limit)))
+        else:
+            self._window.events.append(("clip-after-step", {"limit": float(limit)}))
+
+    # ---- steps --------------------------------------------------------------------------------------------------------
+
+    def before_scaled_step(self, scaler: Any) -> None:
+        """`GradScaler.step` begins: the losses of this window were scaled."""
+        self._shield.call(self._note_scale, scaler)
+
+    def _note_scale(self, scaler: Any) -> None:
+        scale = scaler._get_scale_async() if scaler.is_enabled() else None
+        self._window.loss_scale = None if scale is None else scale.detach().reshape(()).clone()
+
+    def after_scaled_step(self, optimizer: Optimizer, stepped: bool) -> None:
+        """`GradScaler.step` has ended; without a step it found a non-finite gradient."""
+        if not stepped:
+            self._shield.call(self._skipped_step, optimizer)
+
+    def _skipped_step(self, optimizer: Optimizer) -> None:
+        if self._is_ours(optimizer):
+            with torch.no_grad():
+                reading = ParameterReading(optimizer)
+                reading.read_gradients(self._is_deep(optimizer))
+                self._end_step(optimizer, reading, skipped=True)
+
+    def before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer is about to step."""
+        self._shield.call(self._before_step, optimizer, closure)
+
+    def _before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        if not self._is_ours(optimizer) or self._stepping is not None:
+            return
+        self._seen_optimizers[optimizer] = None
+        with torch.no_grad():
+            deep = self._is_deep(optimizer)
+            self._stepping = ParameterReading(optimizer)
+            if not closure:
+                self._stepping.read_gradients(deep)
+            if deep:
+                self._stepping.read_weights()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        self._shield.call(self._after_step, optimizer)
+        if self._between is not None:
+            self._between()
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        reading, self._stepping = self._stepping, None
+        if reading is None or not self._is_ours(optimizer):
+            return
+        with torch.no_grad():
+            if not reading.has_gradients:
+                reading.read_gradients(self._is_deep(optimizer))  # a closure computed them inside the step
+            if self._is_deep(optimizer):
+                reading.read_update()
+            if reading.is_suspicious:
+                reading.read_state(optimizer)
+            self._end_step(optimizer, reading, skipped=False)
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        if self._only:
+            return any(ref() is optimizer for ref in self._only)
+        if self._models:
+            return any(self._is_known(p) for group in optimizer.param_groups for p in group["params"])
+        return True
+
+    def _is_deep(self, optimizer: Optimizer) -> bool:
+        subject = self._subject_of(optimizer)
+        return subject is None or subject.is_deep
+
+    def _end_step(self, optimizer: Optimizer, reading: ParameterReading, *, skipped: bool) -> None:
+        now, spent = time.perf_counter(), self._shield.seconds
+        seconds, watched = now - self._marks[0], spent - self._marks[1]
+        self._marks = (now, spent)
+        window, self._window = self._window, Window()
+        deep = self._is_deep(optimizer)
+        self._pending.append(Pending(optimizer, reading, window, deep, skipped, seconds, watched))
+        self._backwards, self._packs_saved = 0, False
+        subject = self._subject_of(optimizer)
+        if subject is not None and not self._backward_depth and self._is_complete(subject):
+            self._settle()
+
+    def _is_complete(self, subject: Subject) -> bool:
+        stepped = {id(pending.optimizer) for pending in self._pending}
+        return all(ref() is None or id(ref()) in stepped for ref in subject.optimizers)
+
+    # ---- subjects ---------------------------------------------------------------------------------------------------
+
+    def _subject_of(self, optimizer: Optimizer) -> Subject | None:
+        return next((s for s in self._subjects if any(ref() is optimizer for ref in s.optimizers)), None)
+
+    def _settle(self) -> None:
+        """Write the steps that have ended, each for its subject."""
+        pending, self._pending = self._pending, []
+        groups: dict[str, list[Pending]] = {}
+        for one in pending:
+            groups.setdefault(self._assign(one, pending).name, []).append(one)
+        for subject in self._subjects:
+            if subject.name in groups:
+                with torch.no_grad():
+                    self._commit(subject, groups[subject.name])
+
+    def _assign(self, one: Pending, together: list[Pending]) -> Subject:
+        subject = self._subject_of(one.optimizer)
+        if subject is None:
+            subject = self._subject_sharing(one.optimizer) or self._mate(together) or self._new_subject(one.optimizer)
+            self._include(subject, one.optimizer)
+        subject.columns(one.optimizer)
+        return subject
+
+    def _subject_sharing(self, optimizer: Optimizer) -> Subject | None:
+        """The subject of an earlier optimizer over the same parameters (a loop that makes a new one every epoch)."""
+        held = _all_parameters(optimizer)
+        return next((s for s in self._subjects if any(s.holds(p) for p in held)), None)
+
+    def _mate(self, together: list[Pending]) -> Subject | None:
+        """The subject of another optimizer of the same step, unless each had a loss of its own."""
+        losses = sum(len(pending.window.losses) for pending in together)
+        if len(together) > 1 and losses == len(together):
+            return None
+        return next((s for pending in together if (s := self._subject_of(pending.optimizer)) is not None), None)
+
+    def _new_subject(self, optimizer: Optimizer) -> Subject:
+        self._discover(optimizer)
+        roots = self._roots_of(_all_parameters(optimizer))
+        name = self._roots[roots[0]] if len(roots) == 1 else "model"
+        subject = Subject(_unique(name, {s.name for s in self._subjects}), self._recorder)
+        self._subjects.append(subject)
+        self._schedules[subject.name] = schedule = self._make_schedule()
+        schedule.is_deep(0)
+        if self._ranks is None and ranks.world_size() > 1 and any(map(describe.is_wrapper, self._roots)):
+            self._ranks, self._queue.lag = ranks.Ranks(), 0 if _is_on_cpu(optimizer) else 2
+        return subject
+
+    def _include(self, subject: Subject, optimizer: Optimizer) -> None:
+        """Give a subject the models of one more optimizer."""
+        held = _all_parameters(optimizer)
+        roots = [root for root in self._roots_of(held) if root not in subject.roots]
+        several = len(roots) + len(subject.roots) > 1
+        for root in roots:
+            subject.roots[root] = prefix = self._roots[root] if several else ""
+            subject.add_modules(self._own_modules(root, prefix, held))
+        subject.add_parameters((self._loose.get(id(p)) or "parameter", "", p) for p in held)
+        self._note_unreadable(subject, roots, held)
+
+    def _roots_of(self, held: list[Tensor]) -> list[nn.Module]:
+        wanted = {id(parameter) for parameter in held}
+        return [root for root in self._roots if any(id(p) in wanted for p in root.parameters())]
+
+    def _own_modules(self, root: nn.Module, prefix: str, held: list[Tensor]) -> list[tuple[str, nn.Module]]:
+        """The root's modules without those that only other subjects' optimizers train."""
+        mine = {id(parameter) for parameter in held}
+        theirs = {id(p) for s in self._subjects for ref in s.optimizers if (o := ref()) for p in _all_parameters(o)}
+        found = []
+        for path, module in describe.walk(root, prefix):
+            parameters = {id(parameter) for parameter in module.parameters()}
+            if parameters and not parameters & mine and parameters & theirs:
+                continue
+            if module in self._places:
+                self._places[module].name = path or self._roots[root]
+                found.append((path, module))
+        return found
+
+    def _note_unreadable(self, subject: Subject, roots: list[nn.Module], held: list[Tensor]) -> None:
+        if not subject.roots:
+            self._cannot(subject, _MODULE_STATISTICS, "the program trains loose tensors, no module")
+        if any(True for root in roots for _ in _compiled_regions(root)):
+            self._cannot(subject, _MODULE_STATISTICS, "the model is compiled: no values can be read inside")
+        if any(map(describe.is_sharded, held)):
+            names = [s.name for s in STATISTICS.values() if s.axis == "parameter"]
+            self._cannot(subject, (*names, "global_grad_norm"), "parameters are sharded over ranks, which is not supported yet")
+
+    def _cannot(self, subject: Subject, statistics: Iterable[str], why: str) -> None:
+        for statistic in statistics:
+            if (subject.name, statistic) not in self._unmeasured:
+                self._unmeasured.add((subject.name, statistic))
+                self._recorder.set_unmeasured(subject.name, statistic, why)
+    # ---- writing a step ------------------------------------------------------------------------------------------------
+
+    def _commit(self, subject: Subject, group: list[Pending]) -> None:
+        window = group[0].window
+        for later in group[1:]:
+            window.absorb(later.window)
+        step, subject.step = subject.step, subject.step + 1
+        row = Row()
+        columns = [subject.columns(pending.optimizer) for pending in group]
+        for pending in group:
+            pending.reading.put_into(row)
+        entries = self._columns_of_calls(subject, window)
+        for _, found in entries:
+            for call in found:
+                call.put_into(row)
+        done = _Step(
+            subject=subject,
+            step=step,
+            group=group,
+            columns=columns,
+            losses=row.put(window.losses),
+            clips=row.put(norm for norm, _ in window.clips),
+            limits=[limit for _, limit in window.clips],
+            scale=row.put([] if window.loss_scale is None else [window.loss_scale]),
+            calls=entries,
+            compiled=window.compiled,
+        )
+        self._write_events(subject, step, window)
+        self._queue.push(row, lambda arrived: self._write(done, arrived))
+        self._queue.drain()
+        subject.is_deep = self._schedules[subject.name].is_deep(subject.step)
+        self._prepare(subject)
+
+    def _columns_of_calls(self, subject: Subject, window: Window) -> list[tuple[int, list[Call]]]:
+        """The step's calls by column. Calls of other subjects' layers wait for their own step, unless this
+        subject's backward pass has already been through them."""
+        entries: dict[int, list[Call]] = {}
+        for module, found in window.modules.items():
+            column = subject.column_of(module)
+            if column is not None:
+                shape = found[0].shape
+                subject.used(column, shape, _units(self._places[module].kind, shape))
+                entries.setdefault(column, []).extend(found)
+            elif not any(call.has_signal for call in found):
+                self._window.modules.setdefault(module, [])[:0] = found
+        for boundary in window.boundaries:
+            if boundary.owner is None or subject.column_of(boundary.owner) is not None:
+                entries.setdefault(self._column_of_boundary(subject, boundary), []).append(boundary.call)
+            elif not boundary.call.has_signal and boundary.owner in self._window.modules:
+                self._window.boundaries.append(boundary)
+        return list(entries.items())
+
+    def _column_of_boundary(self, subject: Subject, boundary: Boundary) -> int:
+        owner = self._places[boundary.owner].name if boundary.owner is not None else ""
+        offset = {"input": -0.5, "operation": 0.25, "prediction": 0.5, "target": 0.75}[boundary.role]
+        return subject.layer_column(
+            f"{owner}.{boundary.name}" if owner else boundary.name,
+            kind=boundary.kind,
+            type=boundary.type,
+            role=boundary.role,
+            shape=boundary.shape,
+            units=boundary.shape[-1] if boundary.shape else 0,
+            position=subject.position_after(owner, offset),
+        )
+
+    def _write_events(self, subject: Subject, step: int, window: Window) -> None:
+        for kind, facts in window.events:
+            if kind == "loss-graph":
+                graph = {key: value for key, value in facts.items() if key != "nodes"}
+                if self._heads.get(subject.name) == graph:
+                    continue
+                self._heads[subject.name] = graph
+            layer = None
+            if "leaf" in facts:
+                parameter = subject.parameter_named(facts.pop("leaf") or 0)
+                layer = parameter.layer or parameter.name if parameter is not None else None
+            self._recorder.write_event(subject.name, Event(step=step, kind=kind, layer=layer, data=facts))
+
+    def _prepare(self, subject: Subject) -> None:
+        """Hook or unhook the subject's layers for its next step."""
+        if subject.is_deep:
+            for root, prefix in list(subject.roots.items()):
+                self._adopt_root(root, self._roots[root])  # layers may have been replaced since
+                subject.add_modules(self._own_modules(root, prefix, subject.held()))
+            self._hook_layers(module for _, module in subject.live_layers())
+        else:
+            for _, module in subject.live_layers():
+                handle = self._hooks.pop(module, None)
+                if handle is not None:
+                    handle.remove()
+
+    def _write(self, done: _Step, row: Row) -> None:
+        """A step's readings have arrived on the host."""
+        cheap, deep = done.parameter_arrays(row)
+        cheap |= self._step_numbers(done, row, cheap)
+        watch, total = float(cheap["watch_seconds"]), float(cheap["step_seconds"])
+        self._recorder.write_row(done.subject.name, done.step, "cheap", cheap)
+        if done.is_deep:
+            deep |= self._layer_arrays(done, row)
+            self._recorder.write_row(done.subject.name, done.step, "deep", deep)
+            self._write_profiles(done, row)
+        readings = {"loss": _or_inf(cheap["loss"], cheap["loss_nonfinite"])} if done.losses else {}
+        readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], np.nansum(cheap["grad_nonfinite"]))
+        shown = {name: float(cheap[name]) for name in ("loss", "global_grad_norm")}
+        self._schedules[done.subject.name].observe(
+            done.step, deep=done.is_deep, seconds=total, watch_seconds=watch, readings=readings
+        )
+        if self._on_step is not None:
+            self._on_step(done.subject.name, done.step, shown)
+
+    def _step_numbers(self, done: _Step, row: Row, cheap: dict[str, Any]) -> dict[str, Any]:
+        values = row[done.losses]
+        scale = row[done.scale][0] if done.scale else 1.0
+        finite = [value / scale for value in values if math.isfinite(value)]
+        skipped = float(any(done.skipped(row)))
+        if skipped:
+            self._recorder.write_event(done.subject.name, Event(step=done.step, kind="step-skipped", data={"loss_scale": scale}))
+        numbers = [sum(finite), len(finite), len(values) - len(finite), done.seconds, done.watch_seconds]
+        if self._ranks is not None:
+            numbers = self._ranks.total(numbers)
+            numbers[3:] = [value / self._ranks.size for value in numbers[3:]]
+        total, count, bad, seconds, watched = numbers
+        norms = cheap["grad_norm"][~np.isnan(cheap["grad_norm"])]
+        lost = np.nansum(cheap["grad_nonfinite"]) > 0
+        norm = math.nan if lost or not len(norms) else float(np.sqrt(np.sum(np.square(norms))))
+        factors = [min(1.0, limit / (before + 1e-6)) for before, limit in zip(row[done.clips], done.limits, strict=True)]
+        factor = min((f for f in factors if not math.isnan(f)), default=1.0)
+        return {
+            "loss": total / count if count and not bad else math.nan,
+            "loss_nonfinite": bad,
+            "global_grad_norm": norm,
+            "global_grad_norm_unclipped": norm / factor if factor > 0 else norm,
+            "clip_factor": factor,
+            "micro_batches": float(len(values)),
+            "loss_scale": scale,
+            "skipped": skipped,
+            "step_seconds": seconds,
+            "watch_seconds": watched,
+            "learning_rate": done.subject.learning_rates([(p.optimizer, p.reading.learning_rates) for p in done.group]),
+        }
+
+    def _layer_arrays(self, done: _Step, row: Row) -> dict[str, Any]:
+        width = len(done.subject.layers)
+        arrays = {name: np.full(width, np.nan) for name in _LAYER_STATISTICS}
+        for column, found in done.calls:
+            for name, value in calls.aggregate(found, row).items():
+                arrays[name][column] = value
+        if self._ranks is not None:
+            if not self._ranks.agree(width):
+                self._cannot(done.subject, _LAYER_STATISTICS, "the ranks do not run the same layers")
+                return {}
+            arrays = ranks.combine(self._ranks, arrays)
+        if not any(done.subject.layers[column].module is not None for column, _ in done.calls):
+            why = "the model is compiled: no values can be read inside" if done.compiled else "no layer was called as a module"
+            self._cannot(done.subject, _MODULE_STATISTICS, why)
+        return arrays
+
+    def _write_profiles(self, done: _Step, row: Row) -> None:
+        for column, found in done.calls:
+            signals = [call.value("signal_norm", row) for call in found]
+            if len(found) > 1 and not all(map(math.isnan, signals)):
+                name = done.subject.layers[column].layer.name
+                self._recorder.write_profile(done.subject.name, done.step, "call_signal_norm", name, signals)
+
+
+@dataclass
+class _Step:
+    """A step whose readings are on their way to the host."""
+
+    subject: Subject
+    step: int
+    group: list[Pending]
+    columns: list[list[int]]
+    losses: range
+    clips: range
+    limits: list[float]
+    scale: range
+    calls: list[tuple[int, list[Call]]]
+    compiled: bool
+
+    def __post_init__(self) -> None:
+        self.is_deep = any(pending.deep for pending in self.group)
+        self.seconds = sum(pending.seconds for pending in self.group)
+        self.watch_seconds = sum(pending.watch_seconds for pending in self.group)
+        for pending in self.group:
+            pending.window = Window()  # its readings have moved into the row
+
+    def skipped(self, row: Row) -> list[bool]:
+        """Per optimizer whether it left its weights alone."""
+        flags = [pending.reading.read(row).get("found_inf") for pending in self.group]
+        return [p.skipped or (flag is not None and flag[1][0] > 0) for p, flag in zip(self.group, flags, strict=True)]
+
+    def parameter_arrays(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(cheap, deep) arrays over the subject's parameters."""
+        width = len(self.subject.parameters)
+        arrays = {name: np.full(width, np.nan) for name in _PARAMETER_READINGS}
+        for pending, columns in zip(self.group, self.columns, strict=True):
+            found = pending.reading.read(row)
+            scale = found.pop("grad_scale", ([0], [1.0]))[1][0]
+            found.pop("found_inf", None)
+            for name, (present, values) in found.items():
+                divisor = scale if name in ("grad_norm", "grad_max") else 1.0
+                places = [columns[index] for index in present]
+                arrays[name][places] = np.asarray(values, dtype=np.float64) / divisor
+        return _cheap_arrays(arrays), _deep_arrays(arrays) if self.is_deep else {}
+
+
+_PARAMETER_READINGS = (
+    "grad_norm", "grad_max", "grad_nonfinite", "grad_zero_fraction", "weight_norm", "weight_max", "weight_nonfinite",
+    "state_nonfinite", "update_norm", "sampled_change", "sampled_norm",
+)  # fmt: skip
+
+
+def _cheap_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+    lost = ~np.isfinite(arrays["grad_max"]) & ~(np.isnan(arrays["grad_norm"]) & np.isnan(arrays["grad_max"]))
+    seen = np.isfinite(arrays["grad_max"])
+    counts = arrays["grad_nonfinite"]
+    lost |= counts > 0
+    counts = np.where(np.isnan(counts), np.where(lost, 1.0, np.where(seen, 0.0, np.nan)), counts)
+    return {
+        "grad_norm": np.where(lost, np.nan, arrays["grad_norm"]),
+        "grad_max": np.where(lost, np.nan, arrays["grad_max"]),
+        "grad_nonfinite": counts,
+    }
+
+
+def _deep_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+    seen = ~np.isnan(arrays["sampled_norm"]) | ~np.isnan(arrays["weight_norm"]) | ~np.isnan(arrays["weight_nonfinite"])
+    bad = np.where(np.isnan(arrays["weight_nonfinite"]), np.where(seen, 0.0, np.nan), arrays["weight_nonfinite"])
+    lost = bad > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = arrays["sampled_change"] / arrays["sampled_norm"]
+    return {
+        "grad_zero_fraction": arrays["grad_zero_fraction"],
+        "weight_norm": np.where(lost, np.nan, arrays["weight_norm"]),
+        "weight_nonfinite": bad,
+        "state_nonfinite": np.where(seen & np.isnan(arrays["state_nonfinite"]), 0.0, arrays["state_nonfinite"]),
+        "update_norm": np.where(np.isfinite(arrays["update_norm"]), arrays["update_norm"], np.nan),
+        "update_ratio": np.where(np.isfinite(ratio), ratio, np.nan),
+    }
+
+
+class SignalHook:
+    """Takes the gradient that reaches one value; as a tensor hook or as a pre-hook of an autograd node."""
+
+    def __init__(self, shield: Shield, call: Call) -> None:
+        self._shield, self._call = shield, call
+
+    def __call__(self, gradient: Any) -> None:
+        self._shield.call(self._take, gradient)
+
+    def _take(self, gradient: Any) -> None:
+        with torch.no_grad():
+            self._call.take_signal(gradient[0] if isinstance(gradient, tuple) else gradient)
+
+
+def _compiled_regions(root: nn.Module) -> Iterable[nn.Module]:
+    """Modules that run inside a compiled graph, where hooks are either skipped or would break it."""
+    for _, module in root.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            yield from module.modules()
+        elif type(module).__name__ == "OptimizedModule":
+            yield from module._orig_mod.modules()
+
+
+def _nonfinite_inputs(inputs: Sequence[Tensor]) -> Tensor:
+    counts = [calls.kernels.num_nonfinite(calls.kernels.real(t)) for t in inputs if t.is_floating_point() and t.numel()]
+    return torch.stack(counts).sum() if counts else torch.zeros(())
+
+
+def _all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_on_cpu(optimizer: Optimizer) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in _all_parameters(optimizer))
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    names = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    return next(candidate for candidate in names if candidate not in taken)
+
+
+def _units(kind: str, shape: tuple[int, ...]) -> int:
+    if not shape:
+        return 1
+    return shape[1] if len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1) else shape[-1]
+
+
+def _or_inf(value: Any, nonfinite: float) -> float:
+    return math.inf if nonfinite else float(value)
+
+
+def _caller() -> FrameType | None:
+    return sys._getframe(2)

@@ -1,0 +1,152 @@
+"""What is read from the parameters of one optimizer around its step: gradients, weights and the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from isograd.frameworks.torch import _kernels as kernels
+from isograd.frameworks.torch._calls import is_suspicious
+from isograd.frameworks.torch._describe import is_sharded
+from isograd.frameworks.torch._row import Row
+
+Columns = list[int]
+Readings = dict[str, tuple[list[int], list[float]]]
+"""Name -> (which of the optimizer's parameters, the values)."""
+
+
+class ParameterReading:
+    """One optimizer's part of one step, by the position of its parameters among all that it holds."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.learning_rates = [learning_rate(group.get("lr", math.nan)) for group in optimizer.param_groups]
+        self._tensors: dict[str, tuple[list[int], list[Tensor]]] = {}
+        self._known: Readings = {}
+        self._places: dict[str, tuple[list[int], range]] = {}
+        self._before: list[Tensor] = []
+        # A fused optimizer unscales and skips inside its kernel: what it will use is read here, not waited for.
+        for name in ("grad_scale", "found_inf"):
+            value = getattr(optimizer, name, None)
+            if isinstance(value, Tensor):
+                self._tensors[name] = [0], [value.detach().reshape(()).clone()]
+
+    # ---- gradients ------------------------------------------------------------------------------------------
+
+    def read_gradients(self, deep: bool) -> None:
+        """L2 norm, largest entry and non-finite count of every gradient; zero fractions when `deep`."""
+        present, gradients = self._gradients()
+        if not gradients:
+            return
+        lengths, peaks = kernels.norms(gradients), kernels.largest(gradients)
+        if gradients[0].device.type == "cpu":
+            self._know_gradients(present, gradients, torch.stack([*lengths, *peaks]).tolist())
+        else:
+            self._tensors["grad_norm"] = present, lengths
+            self._tensors["grad_max"] = present, peaks
+            if deep:
+                self._tensors["grad_nonfinite"] = present, [kernels.num_nonfinite(g) for g in gradients]
+        if deep:
+            samples = [kernels.zero_fraction(kernels.parameter_sample(g)) for g in gradients]
+            self._tensors["grad_zero_fraction"] = present, samples
+
+    def _gradients(self) -> tuple[list[int], list[Tensor]]:
+        present, gradients = [], []
+        for index, parameter in enumerate(self.parameters):
+            gradient = parameter.grad
+            if gradient is None or is_sharded(gradient):
+                continue
+            if gradient.layout != torch.strided or gradient.is_complex():
+                gradient = kernels.real(gradient)
+            if gradient.numel():
+                present.append(index)
+                gradients.append(gradient)
+        return present, gradients
+
+    def _know_gradients(self, present: list[int], gradients: Sequence[Tensor], values: list[float]) -> None:
+        """On CPU a suspicious gradient can be looked at again at once, while it is still there."""
+        lengths, peaks = values[: len(present)], values[len(present) :]
+        bad = [0.0] * len(present)
+        for i, peak in enumerate(peaks):
+            if not math.isfinite(peak):
+                bad[i] = float(kernels.num_nonfinite(gradients[i]))
+        self._known["grad_norm"] = present, lengths
+        self._known["grad_max"] = present, peaks
+        self._known["grad_nonfinite"] = present, bad
+
+    # ---- weights ----------------------------------------------------------------------------------------------
+
+    def read_weights(self) -> None:
+        """Weight norms and a copy of the sampled entries, before the step changes them."""
+        present, weights = self._weights()
+        self._tensors["weight_norm"] = present, kernels.norms(weights)
+        self._tensors["weight_max"] = present, kernels.largest(weights)
+        suspects = [i for i, peak in enumerate(self._tensors["weight_max"][1]) if is_suspicious(peak)]
+        counts = [kernels.num_nonfinite(weights[i]) for i in suspects]
+        self._tensors["weight_nonfinite"] = [present[i] for i in suspects], counts
+        self._before = [kernels.parameter_sample(weight).clone() for weight in weights]
+
+    def _weights(self) -> tuple[list[int], list[Tensor]]:
+        readable = [(i, p) for i, p in enumerate(self.parameters) if not is_sharded(p) and _is_ready(p)]
+        return [i for i, _ in readable], [kernels.real(p) for _, p in readable]
+
+    def read_update(self) -> None:
+        """How far the step moved the sampled entries that `read_weights` copied."""
+        present, weights = self._weights()
+        if not self._before or len(weights) != len(self._before):
+            return
+        pairs = zip(weights, self._before, strict=True)
+        change = kernels.norms([kernels.parameter_sample(now).sub(before).reshape(-1) for now, before in pairs])
+        whole = [math.sqrt(w.numel() / b.numel()) for w, b in zip(weights, self._before, strict=True)]
+        self._tensors["update_norm"] = present, [length * scale for length, scale in zip(change, whole, strict=True)]
+        self._tensors["sampled_change"] = present, change
+        self._tensors["sampled_norm"] = present, kernels.norms([before.reshape(-1) for before in self._before])
+        self._before = []
+
+    def read_state(self, optimizer: Optimizer) -> None:
+        """Non-finite entries in the optimizer's own tensors; worth the reading only where something is not finite."""
+        present, counts = [], []
+        for index, parameter in enumerate(self.parameters):
+            tensors = [t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor) and t.numel()]
+            if tensors and not is_sharded(parameter):
+                present.append(index)
+                counts.append(torch.stack([kernels.num_nonfinite(kernels.real(t)) for t in tensors]).sum())
+        self._tensors["state_nonfinite"] = present, counts
+
+    # ---- results ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients were read."""
+        return "grad_norm" in self._known or "grad_norm" in self._tensors
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether a gradient is known not to be finite; False where only the device knows."""
+        return any(self._known.get("grad_nonfinite", ([], []))[1])
+
+    def put_into(self, row: Row) -> None:
+        """Move what is still on the device into `row`."""
+        self._places = {name: (present, row.put(tensors)) for name, (present, tensors) in self._tensors.items()}
+        self._tensors = {}
+        self.parameters = []
+
+    def read(self, row: Row) -> Readings:
+        """Everything of this step, once the row has arrived."""
+        return self._known | {name: (present, row[places]) for name, (present, places) in self._places.items()}
+
+
+def _is_ready(parameter: Tensor) -> bool:
+    return not isinstance(parameter, nn.parameter.UninitializedTensorMixin) and parameter.numel() > 0
+
+
+def learning_rate(value: Any) -> float:
+    """A learning rate as a float; NaN for one that lives on an accelerator, where reading it would wait."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else math.nan
+    return float(value)

@@ -1,0 +1,203 @@
+"""One subject: the optimizers that step together, the parameters they hold, and the modules those belong to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from isograd._history import Layer, Parameter
+from isograd.frameworks import Recorder
+from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch._parameters import Columns, learning_rate
+
+
+@dataclass
+class LayerEntry:
+    """A column of the layer statistics. `module` is None for operations and boundaries."""
+
+    layer: Layer
+    module: weakref.ref[nn.Module] | None = None
+
+
+class Subject:
+    """Tables of one subject, kept in step with the run file. Holds no strong reference to the user's objects."""
+
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name = name
+        self.step = 0
+        self.is_deep = True
+        self._recorder = recorder
+        self.optimizers: list[weakref.ref[Optimizer]] = []
+        self.roots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # root -> prefix of names
+        self.layers: list[LayerEntry] = []
+        self.parameters: list[Parameter] = []
+        self._layer_columns: dict[str, int] = {}
+        self._module_columns: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._parameter_columns: dict[int, int] = {}
+        self._parameter_refs: dict[int, weakref.ref[Tensor]] = {}
+        self._plans: weakref.WeakKeyDictionary[Optimizer, tuple[int, Columns]] = weakref.WeakKeyDictionary()
+        self._offsets: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._uses = 0
+        self._groups: list[dict[str, Any]] = []
+
+    # ---- parameters -------------------------------------------------------------------------------------------
+
+    def columns(self, optimizer: Optimizer) -> Columns:
+        """The column of each of the optimizer's parameters, in its own order; new ones are added."""
+        stamp = hash(tuple(id(p) for group in optimizer.param_groups for p in group["params"]))
+        plan = self._plans.get(optimizer)
+        if plan is None or plan[0] != stamp:
+            self._adopt(optimizer)
+            plan = (stamp, [self._column_of(p) for group in optimizer.param_groups for p in group["params"]])
+            self._plans[optimizer] = plan
+        return plan[1]
+
+    def _column_of(self, parameter: Tensor) -> int:
+        return -1 if describe.is_sharded(parameter) else self._parameter_columns[id(parameter)]
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether this very tensor has a column here (ids are reused after a tensor is gone)."""
+        ref = self._parameter_refs.get(id(parameter))
+        return ref is not None and ref() is parameter
+
+    def _adopt(self, optimizer: Optimizer) -> None:
+        if all(ref() is not optimizer for ref in self.optimizers):
+            self.optimizers.append(weakref.ref(optimizer))
+        offset = self._offset_of(optimizer)
+        named = {id(p): name for group in optimizer.param_groups for p, name in _named(group)}
+        loose = ((named.get(id(p), f"parameter.{i}"), p) for i, p in enumerate(_held(optimizer)))
+        self.add_parameters(((name, "", p) for name, p in loose if not self.holds(p)))
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                self._set_group(parameter, offset + index)
+        self._groups[offset : offset + len(optimizer.param_groups)] = [
+            _hyperparameters(optimizer, group) for group in optimizer.param_groups
+        ]
+        self._recorder.set_groups(self.name, self._groups)
+
+    def _offset_of(self, optimizer: Optimizer) -> int:
+        """Where the optimizer's groups begin; one that succeeds a dead optimizer takes over its groups."""
+        if optimizer not in self._offsets:
+            alive = [ref() for ref in self.optimizers]
+            others = [o for o in alive if o is not None and o is not optimizer]
+            self._offsets[optimizer] = len(self._groups) if others else 0
+        return self._offsets[optimizer]
+
+    def _set_group(self, parameter: Tensor, group: int) -> None:
+        column = self._parameter_columns[id(parameter)]
+        now = replace(self.parameters[column], optimized=True, group=group, trainable=parameter.requires_grad)
+        if now != self.parameters[column]:
+            self.parameters[column] = now
+            self._recorder.update_parameter(self.name, column, now)
+
+    def add_parameters(self, named: Iterable[tuple[str, str, Tensor]]) -> None:
+        """Give (name, layer, tensor)s a column each, unless they have one; names are made unique."""
+        taken = {parameter.name for parameter in self.parameters}
+        fresh = []
+        for name, layer, tensor in named:
+            if self.holds(tensor):
+                continue
+            unique = _unique(name, taken)
+            self._parameter_columns[id(tensor)] = len(self.parameters) + len(fresh)
+            self._parameter_refs[id(tensor)] = weakref.ref(tensor)
+            fresh.append(describe.parameter_of(unique, layer, tensor, -1))
+        self.parameters.extend(fresh)
+        if fresh:
+            self._recorder.add_parameters(self.name, fresh)
+
+    def parameter_named(self, identity: int) -> Parameter | None:
+        """The parameter whose tensor has this `id`, if it is one of ours."""
+        column = self._parameter_columns.get(identity)
+        return None if column is None else self.parameters[column]
+
+    # ---- layers ---------------------------------------------------------------------------------------------------
+
+    def add_modules(self, named: Iterable[tuple[str, nn.Module]]) -> None:
+        """Give every layer among the modules a column and every parameter of any of them one, too."""
+        entries, parameters = [], []
+        for path, module in named:
+            name = path or self.name
+            if describe.is_layer(module) and module not in self._module_columns:
+                self._module_columns[module] = len(self.layers) + len(entries)
+                entries.append(LayerEntry(describe.layer_of(name, module), weakref.ref(module)))
+            for short, tensor in module.named_parameters(recurse=False):
+                parameters.append((f"{path}.{short}" if path else short, name, tensor))
+        self._add_entries(entries)
+        self.add_parameters(parameters)
+
+    def _add_entries(self, entries: list[LayerEntry]) -> None:
+        for entry in entries:
+            self._layer_columns.setdefault(entry.layer.name, len(self.layers))
+            self.layers.append(entry)
+        if entries:
+            self._recorder.add_layers(self.name, [entry.layer for entry in entries])
+
+    def layer_column(self, name: str, **facts: Any) -> int:
+        """The column of an operation or boundary, added on first sight with `facts` for its `Layer`."""
+        if name not in self._layer_columns:
+            self._add_entries([LayerEntry(Layer(name=name, **facts))])
+        return self._layer_columns[name]
+
+    def used(self, column: int, shape: tuple[int, ...], units: int) -> None:
+        """Note the first use of a layer: its place in the order, the shape it returned, its number of units."""
+        entry = self.layers[column]
+        if entry.layer.position == float("inf"):
+            entry.layer = replace(entry.layer, position=float(self._uses), shape=shape, units=units)
+            self._uses += 1
+            self._recorder.update_layer(self.name, column, entry.layer)
+
+    def position_after(self, owner: str, fraction: float) -> float:
+        """A position right behind a layer; behind everything seen so far when the layer is unknown."""
+        column = self._layer_columns.get(owner)
+        position = float("inf") if column is None else self.layers[column].layer.position
+        return fraction + (position if position != float("inf") else float(self._uses))
+
+    def live_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """(column, module) of every module that still exists."""
+        for column, entry in enumerate(self.layers):
+            module = entry.module() if entry.module is not None else None
+            if module is not None:
+                yield column, module
+
+    def column_of(self, module: nn.Module) -> int | None:
+        """The column of a module, if it is a layer of this subject."""
+        return self._module_columns.get(module)
+
+    def held(self) -> list[Tensor]:
+        """Every parameter that one of the subject's living optimizers holds."""
+        return [p for ref in self.optimizers if (optimizer := ref()) is not None for p in _held(optimizer)]
+
+    def learning_rates(self, used: Sequence[tuple[Optimizer, list[float]]]) -> list[float]:
+        """Learning rates by group over all optimizers, from what each optimizer that stepped had used."""
+        rates = [float("nan")] * len(self._groups)
+        for optimizer, found in used:
+            offset = self._offsets.get(optimizer, 0)
+            rates[offset : offset + len(found)] = found
+        return rates
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _named(group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    return zip(group["params"], group.get("param_names", ()), strict=False)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    unique, number = name, 2
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def _hyperparameters(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    plain.update({k: list(v) for k, v in group.items() if isinstance(v, tuple) and all(isinstance(x, float) for x in v)})
+    return {"optimizer": type(optimizer).__name__, "size": len(group["params"]), **plain}

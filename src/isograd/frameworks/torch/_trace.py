@@ -1,0 +1,413 @@
+"""The autograd graph of a loss, read as the trace of the user's program before `backward` consumes it.
+
+Nodes are visited from the loss towards the inputs. Saved tensors are read and never kept. Where saved tensors are
+packed (activation checkpointing, offloading) reading one would run the user's code again, so the caller asks not to.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isograd.frameworks.torch import _kernels as kernels
+from isograd.frameworks.torch._calls import CALLS, Call, read_activation, read_values, unit_axis
+
+NODES = 20000
+"""Nodes that are visited; a longer graph is read from the loss up to there."""
+
+ACTIVATION_NODES = {
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Gelu": "gelu", "Silu": "silu", "LeakyRelu": "leaky-relu",
+    "Elu": "elu", "Hardtanh": "hardtanh", "Softplus": "softplus",
+}  # fmt: skip
+
+LOSS_NODES = frozenset(
+    {"NllLoss", "NllLoss2D", "NllLossNd", "MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy",
+     "BinaryCrossEntropyWithLogits", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
+)  # fmt: skip
+
+COMPOSITE = frozenset({"rnn", "lstm", "gru", "attention", "rnn-cell", "lstm-cell", "gru-cell"})
+"""Kinds of layers that contain operations of their own: an operation inside one is named after it."""
+
+
+@dataclass(eq=False)
+class Place:
+    """A layer as the graph knows it: the node of its output carries it in its metadata, so nobody keeps the graph."""
+
+    name: str
+    kind: str
+    module: weakref.ref[nn.Module]
+    root: weakref.ref[nn.Module] | None = None
+
+
+PLACE = "isograd.place"
+"""Key of a `Place` in a node's metadata."""
+
+
+def place_of(node: Any) -> Place | None:
+    """The layer whose output this node made, if a hook marked it."""
+    return node.metadata.get(PLACE)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Operation:
+    """A functional activation or attention: `owner` is the layer it follows or is part of, None where there is none."""
+
+    owner: Place | None
+    name: str
+    kind: str
+    nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def full_name(self) -> str:
+        """The name of its column: `<owner>.<operation>`."""
+        return f"{self.owner.name}.{self.name}" if self.owner is not None and self.owner.name else self.name
+
+
+@dataclass
+class Trace:
+    """What one walk found. `head`: operation names from the loss down to the first layer. `compiled`: a compiled
+    region hides what is behind it. `reached`: ids of the leaf tensors that the loss depends on."""
+
+    head: list[str] = field(default_factory=list)
+    operations: dict[tuple[int, str], Operation] = field(default_factory=dict)
+    losses: list[Any] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
+    compiled: bool = False
+    num_nodes: int = 0
+
+
+def operation_name(node: Any) -> str:
+    """`SigmoidBackward0` is `Sigmoid`."""
+    return str(node.name()).rsplit("::", 1)[-1].split("Backward")[0]
+
+
+def walk(root: Any) -> Iterator[tuple[Any, Any]]:
+    """Every node below `root` once with the node it was reached from, breadth first, at most `NODES`."""
+    seen, waiting = {root}, deque([(root, None)])
+    while waiting and len(seen) <= NODES:
+        node, parent = waiting.popleft()
+        yield node, parent
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append((following, node))
+
+
+def read_graph(loss: Tensor) -> Trace:
+    """Walk the graph of `loss`, whose layers' output nodes carry their `Place`."""
+    trace = Trace()
+    if loss.grad_fn is None:
+        return trace
+    inside: dict[Any, Place | None] = {}
+    for node, parent in walk(loss.grad_fn):
+        trace.num_nodes += 1
+        place = place_of(node)
+        inside[node] = (place if place.kind in COMPOSITE else None) if place else inside.get(parent)
+        name = operation_name(node)
+        if name == "AccumulateGrad":
+            trace.reached.add(id(node.variable))
+        elif name == "CompiledFunction":
+            trace.compiled = True
+        elif name in LOSS_NODES:
+            trace.losses.append(node)
+        elif place is None or place.kind in COMPOSITE:
+            _note_operation(trace, node, name, inside[node])
+    trace.head = _head(loss.grad_fn)
+    return trace
+
+
+def _note_operation(trace: Trace, node: Any, name: str, inside: Place | None) -> None:
+    kind = ACTIVATION_NODES.get(name) or _attention_kind(node, name)
+    if kind is None:
+        return
+    owner = inside or _upstream(node)
+    short = "attention" if kind == "attention" else name.lower()
+    key = (id(owner), short)
+    trace.operations.setdefault(key, Operation(owner=owner, name=short, kind=kind)).nodes.append(node)
+
+
+def _attention_kind(node: Any, name: str) -> str | None:
+    if name.startswith("ScaledDotProduct"):
+        return "attention"
+    if name == "Softmax" and _matrix_product_below(node) is not None:
+        return "attention"
+    return None
+
+
+def _below(node: Any) -> Any:
+    """The node that made the first input; None at the boundary of the graph."""
+    return next((following for following, _ in node.next_functions if following is not None), None)
+
+
+_BETWEEN_PRODUCT_AND_SOFTMAX = frozenset(
+    {"Div", "Mul", "MaskedFill", "Add", "Where", "View", "UnsafeView", "Reshape", "Clone", "Sub", "ToCopy"}
+)
+
+
+def _matrix_product_below(node: Any) -> Any:
+    """The batched product of two activations that a softmax normalizes, past scaling and masking; None otherwise."""
+    for _ in range(8):
+        node = _below(node)
+        if node is None:
+            return None
+        name = operation_name(node)
+        if name in ("Bmm", "Baddbmm"):
+            return node
+        if name not in _BETWEEN_PRODUCT_AND_SOFTMAX:
+            return None
+    return None
+
+
+def _upstream(node: Any) -> Place | None:
+    """The nearest layer that the node's input comes from, along first inputs."""
+    for _ in range(50):
+        node = _below(node)
+        if node is None:
+            return None
+        place = place_of(node)
+        if place is not None:
+            return place
+    return None
+
+
+def _head(node: Any) -> list[str]:
+    names = []
+    while node is not None and len(names) < 16:
+        names.append(operation_name(node))
+        place = place_of(node)
+        if names[-1] == "AccumulateGrad" or (place is not None and place.kind in ("linear", "conv", "other")):
+            break
+        node = _below(node)
+    return names
+
+
+# ---- reading saved tensors -----------------------------------------------------------------------------------
+
+
+def saved(node: Any, *names: str) -> Tensor | None:
+    """The first of the node's saved tensors that exists and can still be read."""
+    for name in names:
+        try:
+            value = getattr(node, f"_saved_{name}", None)
+        except RuntimeError:  # modified in place since, or already freed: torch refuses to hand it out
+            continue
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def read_operation(operation: Operation, after: str) -> list[tuple[Any, Call]]:
+    """(node, readings) of each call of a functional activation or attention, first call first."""
+    nodes = operation.nodes[::-1]  # the walk met the last call first
+    if len(nodes) > CALLS:
+        nodes = [nodes[round(i * (len(nodes) - 1) / (CALLS - 1))] for i in range(CALLS)]
+    read = _read_attention if operation.kind == "attention" else _read_activation
+    return [(node, call) for node in nodes if (call := read(node, operation.kind, after)) is not None]
+
+
+def _read_activation(node: Any, kind: str, after: str) -> Call | None:
+    result, x = saved(node, "result"), saved(node, "self")
+    parameters = _constants(node, kind)
+    if result is None and x is not None:
+        result = _apply(kind, x.detach(), parameters)
+    if result is None:
+        return None
+    call = read_values(result)
+    read_activation(call, kind, result, x, unit_axis(result, after), parameters)
+    return call
+
+
+def _constants(node: Any, kind: str) -> dict[str, float]:
+    if kind == "leaky-relu":
+        return {"negative_slope": float(node._saved_negative_slope)}
+    if kind == "hardtanh":
+        return {"low": float(node._saved_min_val), "high": float(node._saved_max_val)}
+    if kind == "elu":
+        return {"alpha": float(node._saved_alpha), "scale": float(node._saved_scale)}
+    return {}
+
+
+def _apply(kind: str, x: Tensor, constants: dict[str, float]) -> Tensor:
+    functional = torch.nn.functional
+    if kind == "leaky-relu":
+        return functional.leaky_relu(x, constants["negative_slope"])
+    if kind == "hardtanh":
+        return x.clamp(constants["low"], constants["high"])
+    if kind == "elu":
+        return constants["scale"] * functional.elu(x, constants["alpha"])
+    plain = {"gelu": functional.gelu, "silu": functional.silu, "softplus": functional.softplus}
+    return plain[kind](x)
+
+
+def _read_attention(node: Any, kind: str, after: str) -> Call | None:
+    del kind, after
+    weights = saved(node, "result")
+    if weights is not None:
+        return _read_softmax(node, weights)
+    query, key = saved(node, "query"), saved(node, "key")
+    if query is None or key is None:
+        return None
+    scale = getattr(node, "_saved_scale", None)
+    call = Call(size=query.numel())
+    call.readings["entropy"], call.readings["logit"] = kernels.attention_from_operands(
+        query,
+        key,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        saved(node, "attn_mask", "attn_bias"),
+        bool(getattr(node, "_saved_is_causal", False)),
+    )
+    return call
+
+
+def _read_softmax(node: Any, weights: Tensor) -> Call:
+    call = Call(size=weights.numel())
+    call.readings["entropy"] = kernels.attention_from_weights(weights)
+    # The largest weight of a row against its smallest visible one bounds the logits only from below; the product's
+    # operands give them exactly, and the factor between product and softmax shows in the weights themselves.
+    product = _matrix_product_below(node)
+    left, right = (saved(product, "self", "batch1"), saved(product, "mat2", "batch2")) if product is not None else (None, None)
+    if left is not None and right is not None:
+        scale = _scale_between(node, product)
+        _, call.readings["logit"] = kernels.attention_from_operands(left, right.transpose(-2, -1), scale)
+    return call
+
+
+def _scale_between(node: Any, product: Any) -> float:
+    scale = float(getattr(product, "_saved_alpha", 1.0) or 1.0)
+    node = _below(node)
+    while node is not None and node is not product:
+        other = getattr(node, "_saved_other", None) if operation_name(node) in ("Div", "Mul") else None
+        number = float(other) if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1) else None
+        if number:
+            scale = scale / number if operation_name(node) == "Div" else scale * number
+        node = _below(node)
+    return scale
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What entered one loss function: readings of both sides, their shapes, and whether a side was broadcast."""
+
+    operation: str
+    prediction: Call | None
+    target: Call | None
+    prediction_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+    broadcast: bool
+    target_dtype: str
+
+
+def read_loss(node: Any) -> LossInputs | None:
+    """Prediction and target of one of torch's own losses, or None when they cannot be read."""
+    prediction, target = saved(node, "self"), saved(node, "target")
+    if prediction is None or target is None:
+        return None
+    expanded = next((f for f, _ in node.next_functions if f is not None and operation_name(f) == "Expand"), None)
+    before = tuple(prediction.shape) if expanded is None else tuple(int(n) for n in expanded._saved_self_sym_sizes)
+    return LossInputs(
+        operation=operation_name(node),
+        prediction=read_values(prediction, boundary=True, rows=True),
+        target=read_values(target, boundary=True, rows=True),
+        prediction_shape=before,
+        target_shape=tuple(target.shape),
+        broadcast=expanded is not None,
+        target_dtype=str(target.dtype).removeprefix("torch."),
+    )
+
+
+# ---- where a non-finite loss came from ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadOperation:
+    """The most upstream operation that made NaN or Inf: `operation`, how many entries of how many, and the reason.
+
+    `owner`: a parameter that the operation's input comes from (its layer is the place), or "".
+    `place`: "operation", or "input" when non-finite data entered from outside.
+    """
+
+    place: str
+    operation: str
+    reason: str
+    count: int
+    size: int
+    owner: int | None
+
+
+def first_bad_operation(loss: Tensor) -> BadOperation | None:
+    """The most upstream node with an invalid operand or a non-finite result, or None when no saved tensor shows it."""
+    if loss.grad_fn is None:
+        return None
+    nodes = [node for node, _ in walk(loss.grad_fn)]
+    for node in reversed(nodes):  # breadth first from the loss, so the last ones are the most upstream
+        found = _examine(node)
+        if found is not None:
+            return found
+    return None
+
+
+def _examine(node: Any) -> BadOperation | None:
+    name = operation_name(node)
+    reason, bad = _invalid(node, name)
+    if bad is None:
+        return None
+    count = int(bad.sum())
+    if not count:
+        return None
+    place = "input" if reason == "non-finite data" else "operation"
+    return BadOperation(place, name, reason, count, bad.numel(), _nearest_leaf(node))
+
+
+def _invalid(node: Any, name: str) -> tuple[str, Tensor | None]:
+    operand = saved(node, "self")
+    if name in ("Log", "Log2", "Log10") and operand is not None:
+        return "log of 0 or of a negative number", operand <= 0
+    if name == "Log1P" and operand is not None:
+        return "log1p of -1 or less", operand <= -1
+    if name == "Div":
+        divisor = saved(node, "other")
+        return "division by 0", None if divisor is None else divisor == 0
+    if name in ("Sqrt", "Rsqrt"):
+        result = saved(node, "result")
+        return f"{name.lower()} of a negative number or 0", None if result is None else ~torch.isfinite(result)
+    if name in ("Acos", "Asin") and operand is not None:
+        return f"{name.lower()} outside [-1, 1]", operand.abs() > 1
+    result = saved(node, "result", "output")
+    if name in ("Softmax", "LogSoftmax") and result is not None:
+        return "every entry of a row masked, or a non-finite logit", torch.isnan(result)
+    if name == "Exp" and result is not None:
+        return "exp overflow", torch.isinf(result)
+    if name in ("Std", "Var") and operand is not None:
+        few = operand.new_tensor(operand.numel() < 2 or _reduced(node, operand) < 2)
+        return "spread of fewer than two values", few.bool().reshape(1)
+    data = _outside_operand(node, name)
+    if data is not None:
+        return "non-finite data", ~torch.isfinite(data)
+    if result is not None and result.is_floating_point():
+        return "non-finite result", ~torch.isfinite(result)
+    return "", None
+
+
+def _reduced(node: Any, operand: Tensor) -> int:
+    dims = getattr(node, "_saved_dim", None) or range(operand.dim())
+    return math.prod(operand.shape[dim if dim < operand.dim() else dim - 2**64] for dim in dims)
+
+
+def _outside_operand(node: Any, name: str) -> Tensor | None:
+    """The matrix that a weight is multiplied with, where it came from outside the graph."""
+    operand = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}.get(name)
+    if operand is None:
+        return None
+    tensor = saved(node, operand)
+    return tensor if tensor is not None and not tensor.requires_grad else None
+
+
+def _nearest_leaf(node: Any) -> int | None:
+    return next((id(below.variable) for below, _ in walk(node) if operation_name(below) == "AccumulateGrad"), None)
