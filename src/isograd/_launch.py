@@ -1,0 +1,368 @@
+"""Run a training script exactly as Python would, and watch what it trains. It measures nothing and judges nothing.
+
+isograd attaches at the moment when the script imports its framework: environment variables that the script sets before
+that (thread counts, devices) work as without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import os
+import runpy
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isograd._errors import ScriptError
+
+if TYPE_CHECKING:
+    from isograd._watch import Watch
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class RunEnded(SystemExit):
+    """Ends the script after the number of steps that was asked for; `finally` blocks and exit handlers run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchResult:
+    """How a script ended. `run`: the folder of what was recorded, None when nothing was; `note`: why, in a sentence."""
+
+    status: int
+    run: Path | None
+    note: str | None = None
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """What a launch was asked to do; travels to processes that the script spawns."""
+
+    script: str
+    command: list[str]
+    steps: int | None
+    every: int
+    seed: int | None
+    out: Path
+    budget: float
+    found: Path | None = None
+    """A file in which spawned processes leave the paths of their run folders."""
+    rank: int | None = None
+
+
+def launch(
+    args: Sequence[str],
+    *,
+    module: bool = False,
+    steps: int | None = None,
+    every: int = 100,
+    seed: int | None = None,
+    out: Path = Path("isograd-runs"),
+    budget: float = 0.01,
+) -> LaunchResult:
+    """Run `args[0]` (a script, or a module with `module`) with the rest as its arguments, in this process.
+
+    `steps`: end it cleanly after so many optimizer steps. The other options are those of `watch`; `seed` seeds Python,
+    NumPy and the framework first. Returns the script's own exit status, 1 after an uncaught exception (whose traceback
+    is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
+    """
+    program = _find_module(args[0]) if module else _load_script(args[0])
+    process = os.getpid()
+    plan = _Plan(
+        script=args[0] if module else Path(args[0]).name,
+        command=["-m", *args] if module else list(args),
+        steps=steps,
+        every=every,
+        seed=seed,
+        out=out.absolute(),
+        budget=budget,
+    )
+    with _notes(plan):
+        session = _Session(plan)
+        session.attach_at_import()
+        status, error = _run(program, args, module)
+        if os.getpid() != process:
+            os._exit(status)  # a fork that ran off the end of the script: reporting is its parent's business
+        _join_threads()
+        return _result(session.close(error), status, _spawned_runs(plan))
+
+
+def _result(watched: tuple[Path | None, int], status: int, spawned: list[Path]) -> LaunchResult:
+    path, num_steps = watched
+    if num_steps or not spawned:
+        path = path if num_steps else None
+        note = None if num_steps else "No optimizer step was seen, so there is nothing to diagnose: the script did not train."
+        return LaunchResult(status=status, run=path, note=note)
+    return LaunchResult(status=status, run=spawned[0])
+
+
+@contextlib.contextmanager
+def _notes(plan: _Plan) -> Iterator[None]:
+    handle, name = tempfile.mkstemp(prefix="isograd-")
+    os.close(handle)
+    plan.found = Path(name)
+    try:
+        yield
+    finally:
+        plan.found.unlink(missing_ok=True)
+
+
+def _spawned_runs(plan: _Plan) -> list[Path]:
+    assert plan.found is not None
+    return [Path(line) for line in plan.found.read_text(encoding="utf-8").splitlines() if line]
+
+
+# ---- watching --------------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """Everything between the framework's import and the end of the script."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self._watch: Watch | None = None
+        self._finder: _ImportHook | None = None
+        self._progress: Any = None
+        self._is_over = False
+
+    def attach_at_import(self) -> None:
+        """Watch as soon as torch has been imported, or at once if it has been already."""
+        if "torch" in sys.modules:
+            self._attach()
+            return
+        self._finder = _ImportHook("torch", self._attach)
+        sys.meta_path.insert(0, self._finder)
+
+    def _attach(self) -> None:
+        try:
+            self._start()
+        except Exception as error:  # whatever it is, the script must run
+            print(f"isograd: cannot watch this run: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _start(self) -> None:
+        from isograd._progress import Progress
+        from isograd._watch import Watch
+        from isograd.frameworks.torch import rank
+
+        _seed(self._plan.seed)
+        self._watch = Watch(
+            (),
+            (),
+            out=self._plan.out,
+            every=self._plan.every,
+            budget=self._plan.budget,
+            meta={
+                "command": self._plan.command,
+                "script": self._plan.script,
+                "seed": self._plan.seed,
+                **({} if self._plan.rank is None else {"rank": self._plan.rank}),
+            },
+            on_step=self._stepped,
+            between=self._end_if_over,
+        )
+        _watch_spawned(self._plan)
+        if rank() == 0 and not self._plan.rank:
+            self._progress = Progress(total=self._plan.steps)
+            self._progress.start()
+
+    def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
+        self._is_over = self._plan.steps is not None and step + 1 >= self._plan.steps
+        if self._progress is not None and self._watch is not None:
+            self._progress.update(step, readings["loss"], readings["global_grad_norm"], self._watch.overhead)
+
+    def _end_if_over(self) -> None:
+        if self._is_over:
+            raise RunEnded(0)
+
+    def close(self, error: BaseException | None) -> tuple[Path | None, int]:
+        """Finish the run file. Returns its folder and the number of steps seen; an empty run leaves no folder."""
+        if self._finder is not None and self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        if self._progress is not None:
+            self._progress.stop()
+        if self._watch is None:
+            return None, 0
+        self._watch.close(error)
+        if not self._watch.step:
+            self._watch.discard()
+        return self._watch.path, self._watch.step
+
+
+def _seed(seed: int | None) -> None:
+    if seed is None:
+        return
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Calls back once, right after a module has been imported for the first time."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute, then = spec.loader.exec_module, self._then
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            then()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+# ---- processes that the script spawns ---------------------------------------------------------------------------
+
+
+@dataclass
+class _Spawned:
+    """The function of a spawned process, watched there: what `torch.multiprocessing.spawn` is given in its place."""
+
+    function: Callable[..., Any]
+    plan: _Plan
+    _: Any = field(default=None, repr=False)
+
+    def __call__(self, index: int, *args: Any) -> Any:
+        self.plan.rank = index
+        session = _Session(self.plan)
+        session.attach_at_import()
+        error: BaseException | None = None
+        try:
+            return self.function(index, *args)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            path, num_steps = session.close(error)
+            if index == 0 and path is not None and num_steps and self.plan.found is not None:
+                with contextlib.suppress(OSError), self.plan.found.open("a", encoding="utf-8") as notes:
+                    notes.write(f"{path.absolute()}\n")
+
+
+def _watch_spawned(plan: _Plan) -> None:
+    import torch.multiprocessing as multiprocessing
+
+    spawning = sys.modules["torch.multiprocessing.spawn"]
+    original = spawning.start_processes
+
+    def start_processes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(fn if isinstance(fn, _Spawned) else _Spawned(fn, plan), *args, **kwargs)
+
+    spawning.start_processes = start_processes
+    multiprocessing.start_processes = start_processes
+
+
+# ---- running as Python does ---------------------------------------------------------------------------------------
+
+
+def _find_module(name: str) -> None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError) as error:
+        raise ScriptError(f"There is no module named {name}: {error}.") from None
+    if spec is None:
+        raise ScriptError(f"There is no module named {name}; check the name, or run from the folder that holds it.")
+
+
+def _load_script(name: str) -> types.CodeType | None:
+    """The compiled script; None for a folder or archive with a `__main__.py`, which `runpy` runs."""
+    path = Path(name)
+    if not path.exists():
+        raise ScriptError(f"There is no script {name}; check the path.")
+    if path.is_dir():
+        if not (path / "__main__.py").is_file():
+            raise ScriptError(f"{name} is a folder without a __main__.py; name the script to run.")
+        return None
+    try:
+        with io.open_code(str(path.absolute())) as source:
+            content = source.read()
+    except OSError as error:
+        raise ScriptError(f"{name} cannot be read: {error.strerror}.") from None
+    if content[:2] == b"PK":
+        return None
+    try:
+        return compile(content, str(path.absolute()) if path.is_absolute() else name, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise ScriptError(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}.") from None
+    except ValueError as error:
+        raise ScriptError(f"{name} is not a Python script: {error}.") from None
+
+
+def _run(program: types.CodeType | None, args: Sequence[str], module: bool) -> tuple[int, BaseException | None]:
+    """(exit status, what ended the script if it was an exception)."""
+    sys.argv = list(args)
+    try:
+        if module:
+            sys.path[0] = os.getcwd()
+            runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+        elif program is None:
+            del sys.path[0]
+            runpy.run_path(args[0], run_name="__main__")
+        else:
+            sys.path[0] = os.path.dirname(os.path.realpath(args[0]))
+            _execute(program, args[0])
+    except SystemExit as error:
+        return _status_of(error), error
+    except KeyboardInterrupt as error:
+        _print_traceback(error)
+        return _INTERRUPTED, error
+    except BaseException as error:
+        _print_traceback(error)
+        return 1, error
+    return 0, None
+
+
+def _execute(code: types.CodeType, name: str) -> None:
+    main = types.ModuleType("__main__")
+    path = os.path.abspath(name)
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    main.__dict__.update(__file__=path, __loader__=loader, __builtins__=__builtins__, __cached__=None)
+    # It stays after the script has ended: exit handlers, threads and unpickling still look there.
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)
+
+
+def _status_of(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _print_traceback(error: BaseException) -> None:
+    """As Python prints it: without the frames that led from isograd into the script."""
+    trace = error.__traceback__
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    while trace is not None and trace.tb_frame.f_code.co_filename in ours and trace.tb_next is not None:
+        trace = trace.tb_next
+    sys.excepthook(type(error), error, trace)
+
+
+def _join_threads() -> None:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()

@@ -1,0 +1,263 @@
+"""Watch a training program: joins observing and recording. The one place where an error of ours is caught."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from isograd._diagnose import Diagnosis, diagnose
+from isograd._errors import RunNotFound
+from isograd._history import Event, History
+from isograd._record import Run, RunFile, read_run
+from isograd._rule import Options
+from isograd._schedule import Schedule
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+T = TypeVar("T")
+
+
+class Shield:
+    """Runs isograd's code inside the user's program: times it, and lets nothing out.
+
+    The first exception switches it off for good, tells `on_failure` one sentence, and training goes on. Code in a forked
+    child (a data-loading worker) is not ours to watch and is left alone.
+    """
+
+    def __init__(self, on_failure: Callable[[str], None]) -> None:
+        self.seconds = 0.0
+        self.is_down = False
+        self._on_failure = on_failure
+        self._process = os.getpid()
+        self._is_inside = False
+
+    def call(self, function: Callable[..., T], *args: Any) -> T | None:
+        """`function(*args)`, or None when it failed, now or before."""
+        if self.is_down or os.getpid() != self._process:
+            return None
+        if self._is_inside:
+            return function(*args)
+        self._is_inside, start = True, time.perf_counter()
+        try:
+            return function(*args)
+        except Exception as error:
+            self._fail(error)
+            return None
+        finally:
+            self._is_inside = False
+            self.seconds += time.perf_counter() - start
+
+    def _fail(self, error: Exception) -> None:
+        self.is_down = True
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        with contextlib.suppress(Exception):
+            self._on_failure(f"{type(error).__name__}: {error} ({where})")
+
+
+class Watch:
+    """A run that is being watched. Made by `watch`; a context manager; every method may be called during the run."""
+
+    def __init__(
+        self,
+        models: tuple[Any, ...],
+        optimizers: tuple[Any, ...],
+        *,
+        out: Path,
+        every: int,
+        budget: float,
+        meta: Mapping[str, Any],
+        on_step: Callable[[str, int, dict[str, float]], None] | None = None,
+        between: Callable[[], None] | None = None,
+        options: Options | None = None,
+        frame: FrameType | None = None,
+    ) -> None:
+        from isograd.frameworks.torch import Observer, describe_run
+
+        self._shield = Shield(self._detached)
+        facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
+        self._file = RunFile.create(None if facts["rank"] else out, meta=facts, on_failure=_warn)
+        self._options, self._on_step = options or {}, on_step
+        self._is_open = True
+        self.step = 0
+        self._observer = Observer(
+            self._file,
+            self._shield,
+            models=models,
+            optimizers=optimizers,
+            make_schedule=lambda: Schedule(every=every, budget=budget),
+            on_step=self._stepped,
+            between=between,
+            frame=frame,
+        )
+        self._started = time.perf_counter()
+        self._shield.call(self._observer.attach)
+
+    # ---- what the run shows -------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """The run folder; None where the run is kept in memory (ranks other than 0, a folder that cannot be written)."""
+        return None if self._file.is_in_memory else self._file.path
+
+    @property
+    def overhead(self) -> float:
+        """Share of wall time since the start that watching took, as a fraction."""
+        return self._shield.seconds / max(time.perf_counter() - self._started, 1e-9)
+
+    def run(self) -> Run:
+        """Everything recorded so far."""
+        if self._is_open:
+            self._shield.call(self._observer.drain)
+        return self._file.read()
+
+    def histories(self) -> tuple[History, ...]:
+        """What was recorded so far, one `History` per subject."""
+        return self.run().histories
+
+    def diagnose(self) -> Diagnosis:
+        """The diagnosis of what was recorded so far."""
+        run = self.run()
+        return diagnose(run.histories, run=run.id, overhead=self.overhead, options=self._options)
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None, **facts: Any) -> None:
+        """Stop watching and finish the run file; `error` is what ended the run, if anything did. Idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._observer.detach(unfinished=error is not None and not _is_clean_exit(error))
+        if error is not None and not _is_clean_exit(error):
+            self._note_end(error)
+        ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._file.set_meta(**{"state": _state(error), "ended": ended, "steps": self.step, "overhead": self.overhead, **facts})
+        self._file.close()
+
+    def discard(self) -> None:
+        """Remove the run folder of a closed watch that saw nothing."""
+        if self.path is not None and not self._is_open:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _note_end(self, error: BaseException) -> None:
+        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "exception"
+        data = {"type": type(error).__name__, "message": str(error)[:1000]}
+        for subject in self._observer.subjects or ["model"]:
+            self._file.write_event(subject, Event(step=max(0, self.step - 1), kind=kind, data=data))
+
+    def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
+        self.step = max(self.step, step + 1)
+        if self._on_step is not None:
+            self._on_step(subject, step, readings)
+
+    def _detached(self, what: str) -> None:
+        _warn(f"stopped watching at step {self.step} because of an error of its own, training goes on: {what}")
+        self._observer.release()
+        for subject in self._observer.subjects:
+            self._file.write_event(subject, Event(step=self.step, kind="watch-detached", data={"message": what}))
+
+
+class Off:
+    """What `watch` returns under `ISOGRAD=off`: nothing is watched, nothing is written."""
+
+    step = 0
+    path = None
+    overhead = 0.0
+
+    def __enter__(self) -> Off:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def close(self, error: BaseException | None = None, **facts: Any) -> None:
+        """Nothing to close."""
+
+    def histories(self) -> tuple[History, ...]:
+        """Empty: nothing was watched."""
+        return ()
+
+    def run(self) -> Run:
+        """Raises RunNotFound: nothing was recorded."""
+        raise RunNotFound("Nothing was recorded because ISOGRAD=off is set; unset it to watch.")
+
+    def diagnose(self) -> Diagnosis:
+        """Of nothing: no causes, and nothing measured."""
+        return diagnose((), run="")
+
+
+def watch(
+    *things: Any,
+    out: str | os.PathLike[str] | None = None,
+    every: int | None = None,
+    budget: float | None = None,
+) -> Watch | Off:
+    """Watch models and optimizers while they train.
+
+    `things`: modules and optimizers in any order; none at all watches everything that trains in this process. A model
+    alone is watched with whatever optimizers hold its parameters. `out`: folder for run folders (`isograd-runs`).
+    `every`: largest distance between deep readings in steps (100). `budget`: largest share of wall time that watching
+    may take after its first 2 s, as a fraction (0.01).
+
+    Weights, optimizer state and random-number generators end in the same bits as without it. Raises ValueError for
+    arguments that are neither models nor optimizers, and for options out of range.
+    """
+    from isograd._settings import load_settings
+
+    settings = load_settings(out=out, every=every, budget=budget)
+    if not settings.enabled:
+        return Off()
+    models, optimizers = _sort(things)
+    return Watch(
+        models,
+        optimizers,
+        out=settings.out,
+        every=settings.every,
+        budget=settings.budget,
+        meta={"command": list(sys.argv), "script": Path(sys.argv[0]).name if sys.argv else ""},
+        options=settings.rules,
+        frame=sys._getframe(1),
+    )
+
+
+def _sort(things: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    from torch import nn, optim
+
+    for thing in things:
+        if not isinstance(thing, (nn.Module, optim.Optimizer)):
+            raise ValueError(f"watch() takes torch modules and optimizers, not {type(thing).__name__}")
+    models = tuple(thing for thing in things if isinstance(thing, nn.Module))
+    return models, tuple(thing for thing in things if isinstance(thing, optim.Optimizer))
+
+
+def _is_clean_exit(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (None, 0)
+
+
+def _state(error: BaseException | None) -> str:
+    if error is None or _is_clean_exit(error):
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _warn(sentence: str) -> None:
+    with contextlib.suppress(Exception):
+        print(f"isograd: {sentence}", file=sys.stderr)
+
+
+__all__ = ["Off", "Watch", "read_run", "watch"]
