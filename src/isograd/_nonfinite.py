@@ -1,0 +1,160 @@
+"""Where the first NaN or Inf stood, in time and in the order in which a training step computes its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isograd._history import Floats, History, Series
+
+READS = (
+    "loss_nonfinite",
+    "grad_nonfinite",
+    "output_nonfinite",
+    "input_nonfinite",
+    "signal_nonfinite",
+    "weight_nonfinite",
+    "state_nonfinite",
+    "skipped",
+)
+"""The statistics that this module reads."""
+
+# Within a step: weights are read before it, then data enters, the forward pass runs, the backward pass, the update.
+_ORDER = {"weight": 0, "input": 1, "output": 2, "loss": 3, "gradient": 4, "state": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One place that held a non-finite value. `kind`: weight, input, output, loss, gradient or state."""
+
+    step: int
+    kind: str
+    statistic: str
+    count: float
+    name: str = ""
+
+    def cites(self, history: History) -> bool:
+        """Whether `name` is one of the history's layers or parameters."""
+        return self.name in {thing.name for thing in (*history.layers, *history.parameters)}
+
+
+def first_place(history: History) -> Place | None:
+    """The first non-finite value of the run, or None. Steps that a gradient scaler skipped do not count."""
+    return min(_places(history), key=lambda place: (place.step, _ORDER[place.kind]), default=None)
+
+
+def _places(history: History) -> Iterator[Place]:
+    skipped = skipped_steps(history)
+    for kind, statistic in (
+        ("weight", "weight_nonfinite"),
+        ("gradient", "grad_nonfinite"),
+        ("state", "state_nonfinite"),
+    ):
+        names = [parameter.name for parameter in history.parameters]
+        yield from _first(history.series.get(statistic), kind, statistic, names, np.arange(len(names)), skipped)
+    roles = np.array([layer.role for layer in history.layers], dtype=object)
+    names = [layer.name for layer in history.layers]
+    outputs, inputs = history.series.get("output_nonfinite"), history.series.get("input_nonfinite")
+    fed = np.flatnonzero(roles == "input")
+    computed = np.array([i for i in _by_position(history) if roles[i] not in ("input", "target")], dtype=np.int64)
+    yield from _first(outputs, "input", "output_nonfinite", names, fed, skipped)
+    yield from _first(_born(outputs, inputs), "output", "output_nonfinite", names, computed, skipped)
+    yield from _first(
+        history.series.get("signal_nonfinite"), "gradient", "signal_nonfinite", names, computed[::-1], skipped
+    )
+    yield from _first(history.series.get("loss_nonfinite"), "loss", "loss_nonfinite", [""], np.arange(1), skipped)
+    yield from _told(history, skipped)
+
+
+def _by_position(history: History) -> NDArray[np.int64]:
+    return np.argsort([layer.position for layer in history.layers], kind="stable")
+
+
+def _born(outputs: Series | None, inputs: Series | None) -> Series | None:
+    """Output counts of the layers whose own inputs were finite; all of them where inputs were not read."""
+    if outputs is None or inputs is None or inputs.values.shape != outputs.values.shape:
+        return outputs
+    counts = np.where(np.nan_to_num(inputs.values) > 0, 0.0, outputs.values)
+    # A step on which no layer had finite inputs keeps its counts: the values came in with the weights or the data.
+    return Series(outputs.steps, np.where((counts > 0).any(axis=1, keepdims=True), counts, outputs.values))
+
+
+def _first(
+    series: Series | None,
+    kind: str,
+    statistic: str,
+    names: list[str],
+    order: NDArray[np.int64],
+    skipped: frozenset[int],
+) -> Iterator[Place]:
+    """The first row of `series` that counts something, and in it the first column in `order`."""
+    if series is None or not len(order):
+        return
+    counts = np.atleast_2d(series.values.T).T[:, order]
+    for row in np.flatnonzero((counts > 0).any(axis=1)):
+        step = int(series.steps[row])
+        if step not in skipped:
+            column = int(np.argmax(counts[row] > 0))
+            yield Place(
+                step=step,
+                kind=kind,
+                statistic=statistic,
+                count=float(counts[row, column]),
+                name=names[int(order[column])],
+            )
+            return
+
+
+def _told(history: History, skipped: frozenset[int]) -> Iterator[Place]:
+    """What the observer reported by itself: it looks closer than the schedule where something turned non-finite."""
+    for event in history.events_of("nonfinite"):
+        kind = str(event.data.get("place", ""))
+        if kind in _ORDER and event.step not in skipped:
+            count = event.data.get("count", 1)
+            name = event.layer or str(event.data.get("name", ""))
+            known = float(count) if isinstance(count, (int, float)) else 1.0
+            yield Place(step=event.step, kind=kind, statistic=f"{kind}_nonfinite", count=max(known, 1.0), name=name)
+
+
+def skipped_steps(history: History) -> frozenset[int]:
+    """Steps that a gradient scaler left out because its scaled gradients overflowed."""
+    series = history.series.get("skipped")
+    counted = (
+        [] if series is None else series.steps[np.nan_to_num(series.values.reshape(len(series), -1)[:, 0]) > 0].tolist()
+    )
+    return frozenset(counted) | {event.step for event in history.events_of("step-skipped")}
+
+
+def bad_steps(history: History) -> NDArray[np.int64]:
+    """Steps on which the loss, a gradient or a weight was not finite, those that a gradient scaler skipped left out."""
+    found: set[int] = set()
+    for statistic in ("loss_nonfinite", "grad_nonfinite", "weight_nonfinite"):
+        series = history.series.get(statistic)
+        if series is not None:
+            found.update(series.steps[_any(series.values)].tolist())
+    return np.array(sorted(found - skipped_steps(history)), dtype=np.int64)
+
+
+def last_bad_step(history: History) -> int:
+    """The last of `bad_steps`, -1 when there are none."""
+    steps = bad_steps(history)
+    return int(steps[-1]) if len(steps) else -1
+
+
+def damaged(history: History) -> bool:
+    """Whether the weights were left non-finite: read so, or gradients or losses non-finite to the last step seen."""
+    weights = history.series.get("weight_nonfinite")
+    if weights is not None and len(weights) and bool(_any(weights.values[-1:])[0]):
+        return True
+    gradients = history.series.get("grad_nonfinite")
+    if gradients is None or not len(gradients) or int(gradients.steps[-1]) in skipped_steps(history):
+        return False
+    # Non-finite gradients that reached the last step either have poisoned the weights or come from weights that are.
+    return bool(_any(gradients.values[-1:])[0])
+
+
+def _any(values: Floats) -> NDArray[np.bool_]:
+    return np.asarray((values > 0).reshape(len(values), -1).any(axis=1))

@@ -1,0 +1,147 @@
+"""invalid-operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from isograd._history import History
+from isograd._loss_curve import loss_curve
+from isograd._nonfinite import Place, damaged, first_place
+from isograd._rule import Evidence, Finding, Rule, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvalidOperation(Rule):
+    """The forward pass computes NaN or Inf from finite inputs and finite weights.
+
+    Detects
+        The first non-finite value of the run stands in a layer's output or in the loss, not in a weight, an input or
+        a gradient, and the loss had not run away before: its last finite value lies within `runaway` times its usual
+        size. Or, in the first two steps, values whose square exceeds the range of float32 come out of inputs of
+        ordinary size.
+
+    Why it matters
+        log 0, 0/0, an exponential that overflows, a softmax over a row that is masked completely, a mean or a
+        standard deviation over too little: one such value makes every weight NaN at the next update.
+
+    Decided by
+        runaway: 1000. A loss that diverges passes through every decade on its way to infinity; an operation that
+        is invalid does not announce itself.
+        overflow: 1.8e19, the square root of the largest float32.
+
+    Stays silent when
+        Weights were non-finite before, the gradient broke first (the forward pass is finite and its derivative is
+        not), data came in non-finite, or a gradient scaler skipped the step. A warning where weights stayed finite.
+
+    Remedies
+        skip-bad-steps, raise-precision, scale-loss
+
+    References
+        PyTorch issues 41508 (masked softmax), 70348 (mean over nothing), 1620 (log of softmax); Blanchard, Higham &
+        Higham 2021, Accurately computing the log-sum-exp and softmax functions.
+    """
+
+    stage: ClassVar[Stage] = "numerics"
+    needs: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
+    uses: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "grad_nonfinite",
+        "output_nonfinite",
+        "input_nonfinite",
+        "signal_nonfinite",
+        "weight_nonfinite",
+        "state_nonfinite",
+        "skipped",
+        "output_rms",
+    )
+    explains: ClassVar[tuple[str, ...]] = (
+        "nonfinite-values",
+        "loss-divergence",
+        "exploding-gradients",
+        "loss-spike",
+        "no-gradient",
+        "loss-plateau",
+    )
+    remedies: ClassVar[tuple[str, ...]] = ("skip-bad-steps", "raise-precision", "scale-loss")
+
+    runaway: float = 1000.0
+    overflow: float = 1.8e19
+
+    def check(self, history: History) -> Iterator[Finding]:
+        place = first_place(history)
+        if place is not None and place.kind in ("output", "loss"):
+            if not self._ran_away(history, place.step):
+                yield self._invalid(history, place)
+        elif place is None or place.kind in ("gradient", "state"):
+            yield from self._overflown(history)
+
+    def _ran_away(self, history: History, step: int) -> bool:
+        """Whether the loss had left its own range before `step`, so that the values overflowed on their way up."""
+        series = history.series.get("loss")
+        if series is None:
+            return False
+        before = np.abs(series.values[(series.steps < step) & np.isfinite(series.values)])
+        return len(before) >= 2 and bool(before[-1] > self.runaway * max(float(np.median(before[:5])), 1e-12))
+
+    def _invalid(self, history: History, place: Place) -> Finding:
+        told = self._operation(history, place.step)
+        where = f"{place.kind}{' of ' + place.name if place.name else ''}"
+        hurt = damaged(history)
+        after = "" if hurt else " Weights stayed finite: it did no lasting damage."
+        return self.finding(
+            history,
+            level="error" if hurt else "warning",
+            message=f"The {where} was not finite at step {place.step} ({place.count:.0f} "
+            f"{'entry' if place.count == 1 else 'entries'}), from finite inputs and finite weights{told}.{after}",
+            first_step=place.step,
+            layers=(place.name,) if place.cites(history) else (),
+            evidence=(
+                Evidence(
+                    statistic=place.statistic,
+                    observed=place.count,
+                    limit=1.0,
+                    step=place.step,
+                    layer=place.name if place.cites(history) else None,
+                ),
+            ),
+            confidence=0.9 if told else 0.8,
+        )
+
+    def _operation(self, history: History, step: int) -> str:
+        """What the observer's trace says about the operation, as the end of a sentence."""
+        for event in history.events_of("nonfinite"):
+            operation, reason = event.data.get("operation"), event.data.get("reason")
+            if event.step == step and operation:
+                return f", in {operation}" + (f" ({reason})" if reason else "")
+        return ""
+
+    def _overflown(self, history: History) -> Iterator[Finding]:
+        """Finite values of a size that only an exponential or a division can make of ordinary inputs."""
+        curve, series = loss_curve(history), history.series.get("loss")
+        if curve is None or series is None:
+            return
+        early = series.values[:2][np.isfinite(series.values[:2])]
+        if not len(early) or not np.max(np.abs(early)) >= self.overflow or self._largest_input(history) >= 1e6:
+            return
+        observed, step = float(np.max(np.abs(early))), int(series.steps[0])
+        yield self.finding(
+            history,
+            level="error" if curve.failed else "warning",
+            message=f"The loss is {observed:.2g} at the start, from inputs of at most {self._largest_input(history):.3g}: its square is "
+            f"beyond float32 (limit {self.overflow:.2g}), so an exponential or a division has run away.",
+            first_step=step,
+            evidence=(Evidence(statistic="loss", observed=observed, limit=self.overflow, step=step),),
+            confidence=0.8,
+        )
+
+    def _largest_input(self, history: History) -> float:
+        series = history.series.get("output_rms")
+        columns = [index for index, layer in enumerate(history.layers) if layer.role == "input"]
+        if series is None or not len(series) or not columns:
+            return 0.0
+        values = series.values[:, columns]
+        return float(np.max(np.where(np.isfinite(values), values, 0.0)))

@@ -1,0 +1,98 @@
+"""learning-rate-too-low."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isograd._depth import weight_parameters
+from isograd._history import Floats, History
+from isograd._loss_curve import loss_curve
+from isograd._robust import row_median
+from isograd._rule import Evidence, Finding, Rule, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateTooLow(Rule):
+    """Updates are so small that the weights cannot go anywhere in the length of the run.
+
+    Detects
+        The update/weight ratio of the typical weight tensor stays below `ratio` at all deep readings, its sum over
+        the run is below `travel`, the loss fell by less than a tenth of its start, and gradients are not zero.
+
+    Why it matters
+        The loss falls too slowly to be seen; more steps at this rate would not end in a lifetime.
+
+    Decided by
+        ratio: 1e-5, a hundredth of the usual 1e-3. travel: 0.02; weights that moved by 2 % of their size in the whole
+        run are still the initialization. At least `steps` (50) steps.
+
+    Stays silent when
+        The rate was larger for a while (warm-up, decay), gradients are exactly zero, or the loss fell.
+
+    Remedies
+        raise-learning-rate, find-learning-rate, change-optimizer
+
+    References
+        Karpathy 2022, makemore part 3 (update/weight ratio); Smith 2017, Cyclical learning rates, arXiv:1506.01186.
+    """
+
+    stage: ClassVar[Stage] = "optimizer"
+    needs: ClassVar[tuple[str, ...]] = ("loss", "update_ratio")
+    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "grad_max", "learning_rate")
+    explains: ClassVar[tuple[str, ...]] = ("loss-plateau",)
+    remedies: ClassVar[tuple[str, ...]] = ("raise-learning-rate", "find-learning-rate", "change-optimizer")
+
+    ratio: float = 1e-5
+    travel: float = 0.02
+    steps: int = 50
+
+    def check(self, history: History) -> Iterator[Finding]:
+        curve, columns = loss_curve(history), np.array(weight_parameters(history), dtype=np.int64)
+        if curve is None or curve.count < self.steps or curve.lost or not len(columns):
+            return
+        if not -1.0 <= curve.share < 0.1 or not self._has_gradient(history):
+            return
+        series = history["update_ratio"]
+        typical = row_median(series.values[:, columns])
+        known = np.isfinite(typical)
+        if not known.any() or not self._optimizer_is_on(history):
+            return
+        largest, path = (
+            float(np.max(typical[known])),
+            self._path(series.steps[known], typical[known], history.num_steps),
+        )
+        # A rate of exactly zero is a schedule that has ended, not a rate that was chosen too low.
+        if not 0 < largest < self.ratio or path >= self.travel:
+            return
+        step = int(series.steps[known][int(np.argmax(typical[known]))])
+        yield self.finding(
+            history,
+            level="warning",
+            message=f"The typical weight tensor never changed by more than {largest:.1e} of its size in a step (limit "
+            f"{self.ratio:g}), {path:.1e} in {history.num_steps} steps together, and the loss went from {curve.start:.4g} to "
+            f"{curve.end:.4g}.",
+            first_step=int(series.steps[known][0]),
+            layers=tuple(history.parameters[index].name for index in columns),
+            evidence=(Evidence(statistic="update_ratio", observed=largest, limit=self.ratio, step=step, below=True),),
+            confidence=0.7,
+        )
+
+    def _has_gradient(self, history: History) -> bool:
+        largest = history.series.get("grad_max")
+        return largest is None or bool(
+            np.nanmax(np.where(np.isfinite(largest.values), largest.values, 0.0), initial=0) > 0
+        )
+
+    def _optimizer_is_on(self, history: History) -> bool:
+        rates = history.series.get("learning_rate")
+        return rates is None or bool(np.nanmin(np.where(np.isfinite(rates.values), rates.values, 1.0), initial=1.0) > 0)
+
+    def _path(self, steps: NDArray[np.int64], typical: Floats, total: int) -> float:
+        """Sum of the ratios over all steps; between deep readings the last one is carried on."""
+        spans = np.diff(np.append(steps, total))
+        return float(np.sum(typical * spans))
