@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from dataclasses import fields, is_dataclass
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -25,25 +25,26 @@ def walk(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
 def _entry(package: ModuleType, name: str, base: type[T]) -> type[T]:
     module = importlib.import_module(f"{package.__name__}.{name}")
     expected = "".join(word.capitalize() for word in name.split("_"))
-    entry = getattr(module, expected, None)
+    entry: Any = getattr(module, expected, None)
     where = f"{package.__name__}.{name}"
     if not (isinstance(entry, type) and issubclass(entry, base)):
         raise ImportError(f"{where} must hold a class {expected} derived from {base.__name__}")
     if inspect.isabstract(entry):
-        raise ImportError(f"{where}.{expected} does not provide {', '.join(sorted(entry.__abstractmethods__))}")
+        left = sorted(vars(entry)["__abstractmethods__"])
+        raise ImportError(f"{where}.{expected} does not provide {', '.join(left)}")
     # `__dataclass_fields__` is inherited, so a missing decorator must be looked for in the class's own namespace.
     if not (is_dataclass(entry) and "__dataclass_fields__" in vars(entry) and _is_frozen(entry)):
         raise ImportError(f"{where}.{expected} must be a dataclass(frozen=True, kw_only=True)")
     if not _all_defaulted(entry):
         raise ImportError(f"{where}.{expected} has an option without a default")
-    return entry
+    return cast("type[T]", entry)
 
 
-def _is_frozen(entry: type) -> bool:
-    return bool(entry.__dataclass_params__.frozen)  # type: ignore[attr-defined]  # set by the decorator
+def _is_frozen(entry: Any) -> bool:
+    return bool(entry.__dataclass_params__.frozen)
 
 
-def _all_defaulted(entry: type) -> bool:
+def _all_defaulted(entry: Any) -> bool:
     parameters = inspect.signature(entry).parameters.values()
     assert len(fields(entry)) >= len(parameters)
     return all(parameter.default is not inspect.Parameter.empty for parameter in parameters)

@@ -49,19 +49,20 @@ class Profile:
 
     @property
     def lost(self) -> float:
-        """Decades between the layers near the loss and those near the input; negative where the signal grew. NaN if unknown.
+        """Decades between the layers near the loss and those near the input; negative where it grew. NaN if unknown.
 
-        The smaller in magnitude of slope x depth and of the step between the outer fifths: one odd layer moves
-        neither both.
+        Slope x depth, unless the medians of the outer fifths tell less than half of that: a line through layers that
+        do not lie on one says nothing.
         """
-        size = len(self.values)
-        if size < 3 or np.sum(np.isfinite(self.values)) < 3:
-            return float("nan")
-        edge = max(1, size // 5)
         known = self.values[np.isfinite(self.values)]
+        if len(known) < 3:
+            return float("nan")
+        edge = max(1, len(known) // 5)
         ends = float(np.median(known[-edge:]) - np.median(known[:edge]))
-        line = self.slope * (size - 1)
-        return 0.0 if ends * line <= 0 else float(np.sign(line) * min(abs(ends), abs(line)))
+        line = self.slope * (len(self.values) - 1)
+        if ends * line <= 0:
+            return 0.0
+        return line if abs(ends) >= abs(line) / 2 else ends
 
 
 def columns_of(history: History, kinds: frozenset[str]) -> NDArray[np.int64]:
@@ -80,7 +81,7 @@ def boundary(history: History, role: str) -> NDArray[np.int64]:
 
 
 def profiles(history: History) -> list[Profile]:
-    """The signal over depth at a choice of deep steps: with respect to outputs, or to weights where that was not read."""
+    """The signal over depth at some deep steps: with respect to outputs, or to weights if those alone were read."""
     columns = columns_of(history, WEIGHTED)
     series = history.series.get("signal_norm")
     if len(columns) and series is not None and np.isfinite(series.values[:, columns]).any():

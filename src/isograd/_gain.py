@@ -16,7 +16,7 @@ READS = ("weight_norm", "output_rms", "signal_norm")
 """The statistics that `initial_gain` reads."""
 
 CALIBRATED = KINDS - {"sigmoid", "softplus"}
-"""Activations whose critical weight scale is of order 1. A sigmoid would need sigma_w^2 >= 16 and then saturates: there the
+"""Activations whose critical weight scale is of order 1. A sigmoid would need sigma_w^2 >= 16 and saturates: there the
 activation is to blame and not the scale of the weights."""
 
 
@@ -41,7 +41,7 @@ class Gain:
 
     @property
     def predicted(self) -> float:
-        """Decades that the signal gains over the chain because of the weights' scale, in theory: sum of log10 ratios."""
+        """Decades that the weights' scale adds to the signal over the chain, in theory: sum of log10 ratios."""
         return float(np.nansum(np.log10(self.ratios)))
 
     @property
@@ -62,7 +62,7 @@ def _span(values: Floats) -> float:
 
 
 def initial_gain(history: History) -> Gain | None:
-    """The chain at the first deep reading, or None: fewer than three layers, a normalization between, or nothing read."""
+    """The chain at the first deep reading, or None: under three layers, a normalization between, or nothing read."""
     columns = columns_of(history, frozenset({"linear", "conv"}))
     norms, outputs = history.series.get("weight_norm"), history.series.get("output_rms")
     if len(columns) < 3 or norms is None or outputs is None or len(columns_of(history, NORMALIZATIONS)):
@@ -98,7 +98,7 @@ def _ratios(history: History, columns: NDArray[np.int64], norms: Floats, output:
         before, here = history.layers[columns[place - 1]], history.layers[columns[place]]
         index = owner.get(here.name)
         kind = _between(history, activations, before.position, here.position)
-        q = float(output[columns[place - 1]]) ** 2
+        q = float(np.square(output[columns[place - 1]]))
         if index is None or kind not in CALIBRATED or not np.isfinite(q):
             continue
         parameter = history.parameters[index]

@@ -75,6 +75,8 @@ def launch(
     NumPy and the framework first. Returns the script's own exit status, 1 after an uncaught exception (whose traceback
     is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
     """
+    if module:
+        sys.path[0] = os.getcwd()
     program = _find_module(args[0]) if module else _load_script(args[0])
     process = os.getpid()
     plan = _Plan(
@@ -303,9 +305,10 @@ def _load_script(name: str) -> types.CodeType | None:
     if content[:2] == b"PK":
         return None
     try:
-        return compile(content, str(path.absolute()) if path.is_absolute() else name, "exec", dont_inherit=True)
+        return compile(content, os.path.abspath(name), "exec", dont_inherit=True)
     except SyntaxError as error:
-        raise ScriptError(f"{error.filename}, line {error.lineno}: syntax error: {error.msg}.") from None
+        where = f"{name}, line {error.lineno}" if error.lineno else name
+        raise ScriptError(f"{where}: syntax error: {error.msg}.") from None
     except ValueError as error:
         raise ScriptError(f"{name} is not a Python script: {error}.") from None
 
@@ -315,7 +318,6 @@ def _run(program: types.CodeType | None, args: Sequence[str], module: bool) -> t
     sys.argv = list(args)
     try:
         if module:
-            sys.path[0] = os.getcwd()
             runpy.run_module(args[0], run_name="__main__", alter_sys=True)
         elif program is None:
             del sys.path[0]
@@ -359,7 +361,7 @@ def _print_traceback(error: BaseException) -> None:
     ours = (__file__, runpy.__file__, "<frozen runpy>")
     while trace is not None and trace.tb_frame.f_code.co_filename in ours and trace.tb_next is not None:
         trace = trace.tb_next
-    sys.excepthook(type(error), error, trace)
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
 
 
 def _join_threads() -> None:

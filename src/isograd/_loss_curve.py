@@ -31,7 +31,7 @@ FALLING = -1.96
 
 @dataclass(frozen=True, kw_only=True)
 class LossCurve:
-    """The course of a loss. `start`, `end` and `lowest` are medians over stretches; `noise` is the scatter of one value.
+    """The course of a loss. `start`, `end`, `lowest` are medians over stretches; `noise` is the scatter of an early value.
 
     `peak` is the largest finite loss, at `peak_step`. `nonfinite` counts steps with a NaN or Inf loss, `lost` says
     that the last step was one of them. `tail_trend` is the Mann-Kendall score of the second half.
@@ -95,12 +95,13 @@ def loss_curve(history: History) -> LossCurve | None:
     peak = int(np.nanargmax(np.where(np.isfinite(values), values, np.nan)))
     return LossCurve(
         count=len(kept),
-        start=float(np.median(kept[: min(5, max(1, len(kept) // 10))])),
+        # The first value counts in full: a loss that is solved within five steps still started where it started.
+        start=max(float(kept[0]), float(np.median(kept[: min(5, max(1, len(kept) // 10))]))),
         end=float(np.median(kept[-min(50, max(1, len(kept) // 10)) :])),
         lowest=float(medians.min()),
         peak=float(values[peak]),
         peak_step=int(steps[peak]),
-        noise=noise_scale(kept),
+        noise=noise_scale(kept[: min(50, max(10, len(kept) // 10))]),
         nonfinite=len(bad),
         lost=bool(len(bad)) and int(bad[-1]) >= int(steps[-1]),
         tail_trend=mann_kendall(tail),

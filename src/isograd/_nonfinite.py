@@ -38,7 +38,7 @@ class Place:
 
     def cites(self, history: History) -> bool:
         """Whether `name` is one of the history's layers or parameters."""
-        return self.name in {thing.name for thing in (*history.layers, *history.parameters)}
+        return self.name in {layer.name for layer in history.layers} | {p.name for p in history.parameters}
 
 
 def first_place(history: History) -> Place | None:
@@ -48,13 +48,6 @@ def first_place(history: History) -> Place | None:
 
 def _places(history: History) -> Iterator[Place]:
     skipped = skipped_steps(history)
-    for kind, statistic in (
-        ("weight", "weight_nonfinite"),
-        ("gradient", "grad_nonfinite"),
-        ("state", "state_nonfinite"),
-    ):
-        names = [parameter.name for parameter in history.parameters]
-        yield from _first(history.series.get(statistic), kind, statistic, names, np.arange(len(names)), skipped)
     roles = np.array([layer.role for layer in history.layers], dtype=object)
     names = [layer.name for layer in history.layers]
     outputs, inputs = history.series.get("output_nonfinite"), history.series.get("input_nonfinite")
@@ -66,6 +59,12 @@ def _places(history: History) -> Iterator[Place]:
         history.series.get("signal_nonfinite"), "gradient", "signal_nonfinite", names, computed[::-1], skipped
     )
     yield from _first(history.series.get("loss_nonfinite"), "loss", "loss_nonfinite", [""], np.arange(1), skipped)
+    names = [parameter.name for parameter in history.parameters]
+    every = np.arange(len(names))
+    yield from _first(history.series.get("weight_nonfinite"), "weight", "weight_nonfinite", names, every, skipped)
+    # Behind the signal, which names a layer: of equals the first one yielded is kept.
+    yield from _first(history.series.get("grad_nonfinite"), "gradient", "grad_nonfinite", names, every[::-1], skipped)
+    yield from _first(history.series.get("state_nonfinite"), "state", "state_nonfinite", names, every, skipped)
     yield from _told(history, skipped)
 
 
@@ -111,7 +110,8 @@ def _first(
 def _told(history: History, skipped: frozenset[int]) -> Iterator[Place]:
     """What the observer reported by itself: it looks closer than the schedule where something turned non-finite."""
     for event in history.events_of("nonfinite"):
-        kind = str(event.data.get("place", ""))
+        place = str(event.data.get("place", ""))
+        kind = "output" if place == "operation" else place
         if kind in _ORDER and event.step not in skipped:
             count = event.data.get("count", 1)
             name = event.layer or str(event.data.get("name", ""))
@@ -122,9 +122,7 @@ def _told(history: History, skipped: frozenset[int]) -> Iterator[Place]:
 def skipped_steps(history: History) -> frozenset[int]:
     """Steps that a gradient scaler left out because its scaled gradients overflowed."""
     series = history.series.get("skipped")
-    counted = (
-        [] if series is None else series.steps[np.nan_to_num(series.values.reshape(len(series), -1)[:, 0]) > 0].tolist()
-    )
+    counted = [] if series is None else series.steps[_any(series.values)].tolist()
     return frozenset(counted) | {event.step for event in history.events_of("step-skipped")}
 
 
@@ -157,4 +155,4 @@ def damaged(history: History) -> bool:
 
 
 def _any(values: Floats) -> NDArray[np.bool_]:
-    return np.asarray((values > 0).reshape(len(values), -1).any(axis=1))
+    return np.asarray((values > 0).any(axis=tuple(range(1, values.ndim))))

@@ -40,7 +40,7 @@ def median(values: ArrayLike) -> float:
 
 
 def median_mad(values: ArrayLike) -> tuple[float, float]:
-    """Median and scaled median absolute deviation of the finite entries (Rousseeuw & Croux 1993). (NaN, NaN) of none."""
+    """Median and scaled median absolute deviation of the finite entries (Rousseeuw & Croux 1993); NaN of none."""
     center = median(values)
     return center, MAD_TO_SIGMA * median(np.abs(finite(values) - center))
 
@@ -72,7 +72,7 @@ class Excess:
 
 
 def excess(
-    values: ArrayLike, *, width: int = 128, delay: int = 1, limit: float = 6.0, floor: float = 1e-12, least: int = 8
+    values: ArrayLike, *, width: int = 128, delay: int = 1, limit: float = 6.0, floor: float = 1e-6, least: int = 8
 ) -> Excess:
     """Robust z-scores of a series against the `width` values that end `delay` before each tested value.
 
@@ -96,7 +96,7 @@ def _scores(
     center = _sorted_median(windows)
     scale = MAD_TO_SIGMA * _sorted_median(np.abs(windows - center[:, None]))
     enough = np.sum(np.isfinite(windows), axis=1) >= least
-    scale = np.maximum(scale, floor)
+    scale = np.maximum(scale, np.maximum(floor * np.abs(center), 1e-300))
     z = np.where(enough & np.isfinite(tested), (tested - center) / scale, np.nan)
     return center, scale, z
 
@@ -118,7 +118,7 @@ def theil_sen(x: ArrayLike, y: ArrayLike) -> float:
 def _thin(values: Floats) -> Floats:
     if len(values) <= MAX_PAIRED:
         return values
-    return values[np.linspace(0, len(values) - 1, MAX_PAIRED).round().astype(np.int64)]
+    return np.asarray(values[np.linspace(0, len(values) - 1, MAX_PAIRED).round().astype(np.int64)])
 
 
 def blocks(values: ArrayLike, count: int) -> list[Floats]:
@@ -179,14 +179,14 @@ def alternation(values: ArrayLike) -> tuple[float, float]:
 
 
 def autocorrelation(values: ArrayLike) -> float:
-    """Lag-1 autocorrelation of the first differences about zero; -1/2 for white noise, -1 for a two-cycle. NaN if constant."""
+    """Lag-1 autocorrelation of differences about zero: -1/2 for white noise, -1 for a two-cycle. NaN if constant."""
     step = np.diff(finite(values))
     power = float(np.sum(step**2))
     return float(np.sum(step[1:] * step[:-1]) / power) if step.size >= 2 and power > 0 else float("nan")
 
 
 def longest_run(mask: ArrayLike) -> tuple[int, int]:
-    """(start, length) of the longest unbroken stretch of true values, the first of equals; (0, 0) when there is none."""
+    """(start, length) of the longest stretch of true values, the first of equals; (0, 0) when there is none."""
     edges = np.diff(np.concatenate([[0], np.asarray(mask, dtype=bool).astype(np.int8), [0]]))
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     if not starts.size:

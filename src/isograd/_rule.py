@@ -14,7 +14,16 @@ Level = Literal["info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 Stage = Literal["data", "loop", "initialization", "architecture", "output", "optimizer", "numerics", "symptom"]
-STAGES: tuple[Stage, ...] = ("data", "loop", "initialization", "architecture", "output", "optimizer", "numerics", "symptom")
+STAGES: tuple[Stage, ...] = (
+    "data",
+    "loop",
+    "initialization",
+    "architecture",
+    "output",
+    "optimizer",
+    "numerics",
+    "symptom",
+)
 """From upstream to downstream: what could have caused what, when two findings start at the same step."""
 
 

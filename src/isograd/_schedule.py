@@ -78,7 +78,8 @@ class Schedule:
         return step >= min(math.ceil(max(self._last_deep, 1) * GROWTH), self._last_deep + self.every)
 
     def _is_affordable(self) -> bool:
-        return self._spent + self._deep_seconds <= self.allowance + self.budget * self._elapsed
+        allowed = self.allowance + (self.budget * self._elapsed if self._elapsed > 0 else self.budget)
+        return self._spent + self._deep_seconds <= allowed
 
 
 @dataclass

@@ -136,6 +136,7 @@ _CATALOG = (
         tier="cheap",
         unit="count",
         meaning="Entries of the gradient that are NaN or Inf. NaN when there is no gradient.",
+        error="exact on CPU and at deep steps; between them on an accelerator 1 stands for one or more",
     ),
     # ---- deep tier, per parameter ---------------------------------------------------------------------------
     Statistic(
@@ -208,6 +209,8 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="Mean of the layer's output over all calls of the step.",
+        error="modules and operations: strided sample of at most 16384 entries a call, standard error std / 128; "
+        "exact for inputs, predictions and targets",
     ),
     Statistic(
         name="output_min",
@@ -215,6 +218,7 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="Smallest output entry. For inputs and targets: the smallest value fed.",
+        error="as output_mean: the smallest of the sample where it is sampled",
     ),
     Statistic(
         name="output_max",
@@ -222,6 +226,7 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="Largest output entry. For inputs and targets: the largest value fed.",
+        error="as output_mean: the largest of the sample where it is sampled",
     ),
     Statistic(
         name="output_zero_fraction",
@@ -229,7 +234,7 @@ _CATALOG = (
         tier="deep",
         unit="fraction",
         meaning="Share of output entries that are exactly zero.",
-        error="strided sample of at most 65536 entries a call: standard error <= 0.002",
+        error="strided sample of at most 16384 entries a call: standard error <= 0.004",
     ),
     Statistic(
         name="output_nonfinite",
@@ -267,7 +272,7 @@ _CATALOG = (
         unit="fraction",
         meaning="Activation layers: share of units (features or channels) whose slope is zero for every input of the "
         "step. A unit is one index of the feature axis.",
-        error="all inputs up to 65536 entries a call, beyond that strided rows: a unit active on a share p of the rows "
+        error="all inputs up to 262144 entries a call, beyond that strided rows: a unit active on a share p of the rows "
         "is missed with probability (1 - p)^rows",
     ),
     Statistic(
@@ -277,7 +282,7 @@ _CATALOG = (
         unit="fraction",
         meaning="Bounded activations (sigmoid, tanh, hardtanh, softsign): share of entries whose slope is below 5 % of "
         "the activation's largest slope (sigmoid outside [.0127, .9873], |tanh| > .975).",
-        error="strided sample of at most 65536 entries a call: standard error <= 0.002",
+        error="strided sample of at most 16384 entries a call: standard error <= 0.004",
     ),
     Statistic(
         name="activation_slope",
@@ -286,7 +291,7 @@ _CATALOG = (
         unit="ratio",
         meaning="Activation layers: sqrt(mean of the squared derivative), the activation's share of the per-layer "
         "gradient factor sqrt(sigma_w^2 E[phi'^2]) of mean-field theory (Schoenholz et al. 2017).",
-        error="strided sample of at most 65536 entries a call",
+        error="strided sample of at most 16384 entries a call",
     ),
     Statistic(
         name="signal_norm",
@@ -302,6 +307,7 @@ _CATALOG = (
         tier="deep",
         unit="loss / activation",
         meaning="Largest absolute entry of the gradient with respect to the layer's output.",
+        error="strided sample of at most 16384 entries a call: a lower bound; exact where signal_norm is 0 or overflows",
     ),
     Statistic(
         name="signal_nonfinite",
@@ -317,7 +323,7 @@ _CATALOG = (
         unit="ratio",
         meaning="Two-dimensional inputs: largest over smallest root mean square among the columns that are not "
         "constant zero.",
-        error="at most 4096 rows",
+        error="at most 256 rows",
     ),
     Statistic(
         name="output_std",
@@ -332,7 +338,7 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="What enters the loss: smallest sum over the last axis. 1 everywhere means probabilities.",
-        error="at most 4096 rows",
+        error="at most 256 rows",
     ),
     Statistic(
         name="row_sum_max",
@@ -340,7 +346,7 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="What enters the loss: largest sum over the last axis.",
-        error="at most 4096 rows",
+        error="at most 256 rows",
     ),
     Statistic(
         name="attention_entropy",
@@ -348,7 +354,7 @@ _CATALOG = (
         tier="deep",
         unit="fraction",
         meaning="Mean over sampled queries and heads of -sum(A log A) / log(keys attended to): 1 is uniform, 0 is one key.",
-        error="at most 1024 query rows a call",
+        error="at most 256 query rows a call",
     ),
     Statistic(
         name="attention_logit_max",
@@ -356,7 +362,7 @@ _CATALOG = (
         tier="deep",
         unit="logit",
         meaning="Largest |q k / sqrt(d)| among the sampled queries (Wortsman et al. 2023: runs diverged above 1e4).",
-        error="at most 1024 query rows a call: a lower bound",
+        error="at most 256 query rows a call: a lower bound",
     ),
     # ---- deep tier, a profile over calls ----------------------------------------------------------------------
     Statistic(

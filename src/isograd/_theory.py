@@ -27,7 +27,7 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 _GRID = np.linspace(-10.0, 10.0, 4001)
 _WEIGHTS = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi) * (_GRID[1] - _GRID[0])
-"""Trapezoid rule for E[f(z)], z ~ N(0, 1): exact to 1e-12 for smooth f, to 1e-5 for a jump at zero (the tails are 1e-23).
+"""Trapezoid rule for E[f(z)], z ~ N(0, 1): exact to 1e-12 for smooth f, to 1e-5 for a jump at zero (tails: 1e-23).
 Gauss-Hermite nodes converge faster for smooth f and much slower for kinked activations."""
 
 
@@ -105,7 +105,7 @@ def mean_square_slope(kind: str, q: float) -> float:
     if kind in ("relu", "leaky-relu"):
         return (1.0 + _negative_slope(kind) ** 2) / 2.0
     if kind == "gelu":
-        tail = q * (3 + 5 * q) / (2 * math.pi * (1 + q) * (1 + 2 * q) ** 1.5)
+        tail = q * (3 + 5 * q) / (2 * math.pi * (1 + q) * math.pow(1 + 2 * q, 1.5))
         return 0.25 + math.asin(q / (1 + q)) / (2 * math.pi) + tail
     return _expectation(_functions(kind)[1], q)
 
@@ -149,7 +149,7 @@ def chi(kind: str, q: float, *, weight_variance: float) -> float:
 
 
 def gradient_factor(kind: str, q: float, *, weight_variance: float) -> float:
-    """The factor of the gradient norm per layer: sqrt(chi). Below 1 gradients vanish with depth, above 1 they explode."""
+    """The factor of the gradient norm per layer: sqrt(chi). Below 1 gradients vanish with depth, above 1 explode."""
     return math.sqrt(chi(kind, q, weight_variance=weight_variance))
 
 
@@ -160,7 +160,7 @@ def critical_weight_variance(kind: str, q: float = 1.0) -> float:
 
 
 def critical_std(kind: str, fan_in: int, q: float = 1.0) -> float:
-    """The standard deviation of critical weights, sqrt(sigma_w^2 / fan_in): He et al. (2015) for ReLU. `fan_in` >= 1."""
+    """Standard deviation of critical weights, sqrt(sigma_w^2 / fan_in): He et al. (2015) for ReLU. `fan_in` >= 1."""
     return math.sqrt(critical_weight_variance(kind, q) / fan_in)
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from isograd._diagnose import Diagnosis, diagnose
 from isograd._errors import RunNotFound
 from isograd._history import Event, History
-from isograd._record import Run, RunFile, read_run
+from isograd._record import RunFile
+from isograd._runs import Run
 from isograd._rule import Options
 from isograd._schedule import Schedule
 
@@ -85,7 +86,7 @@ class Watch:
 
         self._shield = Shield(self._detached)
         facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
-        self._file = RunFile.create(None if facts["rank"] else out, meta=facts, on_failure=_warn)
+        self._file = RunFile.create(out, meta=facts, on_failure=_warn, in_memory=facts["rank"] > 0)
         self._options, self._on_step = options or {}, on_step
         self._is_open = True
         self.step = 0
@@ -107,7 +108,7 @@ class Watch:
     @property
     def path(self) -> Path | None:
         """The run folder; None where the run is kept in memory (ranks other than 0, a folder that cannot be written)."""
-        return None if self._file.is_in_memory else self._file.path
+        return self._file.path
 
     @property
     def overhead(self) -> float:
@@ -260,4 +261,4 @@ def _warn(sentence: str) -> None:
         print(f"isograd: {sentence}", file=sys.stderr)
 
 
-__all__ = ["Off", "Watch", "read_run", "watch"]
+

@@ -7,5 +7,5 @@ import sys
 from isograd._catalog import walk
 from isograd._rule import Rule
 
-RULES: dict[str, type[Rule]] = walk(sys.modules[__name__], Rule)
+RULES: dict[str, type[Rule]] = walk(sys.modules[__name__], Rule)  # type: ignore[type-abstract]
 """Every rule by its name."""

@@ -72,7 +72,8 @@ class DeadUnits(Rule):
             return
         begun = min(self._since(series.steps[rows], values[:, index]) for index in dead)
         worst = int(dead[np.argmax(lasting[dead])])
-        names = [history.layers[columns[index]].name for index in (worst, *(i for i in dead if i != worst))]
+        others = [int(index) for index in dead if index != worst]
+        names = [history.layers[columns[index]].name for index in (worst, *others)]
         share = float(lasting[worst])
         many = f" and {len(dead) - 1} more {'layer' if len(dead) == 2 else 'layers'}" if len(dead) > 1 else ""
         yield self.finding(

@@ -87,7 +87,8 @@ class ExplodingGradients(Rule):
         yield self.finding(
             history,
             level="error",
-            message=f"The gradient of {name} has finite entries up to {largest:.2g}, but their L2 norm overflows at step "
+            message=f"The gradient of {name} has finite entries up to {largest:.2g}, but their L2 norm "
+            f"overflows at step "
             f"{step}: clipping by norm would set it to zero.",
             first_step=step,
             layers=tuple(history.parameters[i].name for i in np.flatnonzero(overflown[row])),

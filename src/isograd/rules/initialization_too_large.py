@@ -67,7 +67,8 @@ class InitializationTooLarge(Rule):
         yield self.finding(
             history,
             level=self._level(loss_curve(history)),
-            message=f"The weights start at {gain.ratio:.3g} times the critical scale (limit {self.ratio:g}), and {where} "
+            message=f"The weights start at {gain.ratio:.3g} times the critical scale (limit "
+            f"{self.ratio:g}), and {where} "
             f"{grown:.1f} decades over {len(names)} layers (limit {self.decades:g}).",
             first_step=gain.step,
             layers=names,

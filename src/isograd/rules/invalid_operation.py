@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from isograd._history import History
+from isograd._history import History, Series
 from isograd._loss_curve import loss_curve
 from isograd._nonfinite import Place, damaged, first_place
 from isograd._rule import Evidence, Finding, Rule, Stage
@@ -20,8 +20,7 @@ class InvalidOperation(Rule):
 
     Detects
         The first non-finite value of the run stands in a layer's output or in the loss, not in a weight, an input or
-        a gradient, and the loss had not run away before: its last finite value lies within `runaway` times its usual
-        size. Or, in the first two steps, values whose square exceeds the range of float32 come out of inputs of
+        a gradient, and nothing had run away before: the last loss and gradient norm lie within `runaway` times their median, and the weights have not grown tenfold since the start. Or, in the first two steps, values whose square exceeds the range of float32 come out of inputs of
         ordinary size.
 
     Why it matters
@@ -49,6 +48,8 @@ class InvalidOperation(Rule):
     needs: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
     uses: ClassVar[tuple[str, ...]] = (
         "loss",
+        "global_grad_norm",
+        "weight_norm",
         "grad_nonfinite",
         "output_nonfinite",
         "input_nonfinite",
@@ -80,12 +81,20 @@ class InvalidOperation(Rule):
             yield from self._overflown(history)
 
     def _ran_away(self, history: History, step: int) -> bool:
-        """Whether the loss had left its own range before `step`, so that the values overflowed on their way up."""
-        series = history.series.get("loss")
-        if series is None:
-            return False
+        """Whether loss, gradient or weights had left their own range before `step`: values that overflow on their way."""
+        loss, gradient = history.series.get("loss"), history.series.get("global_grad_norm")
+        grown = any(self._grew(series, step, self.runaway) for series in (loss, gradient) if series is not None)
+        weights = history.series.get("weight_norm")
+        row = None if weights is None else weights.at(step)
+        if weights is None or row is None:
+            return grown
+        # Weights ten times their start were thrown there by an update: no forward pass would have been safe.
+        before, now = (float(np.sqrt(np.sum(np.square(values)))) for values in (weights.values[0], row))
+        return grown or not now < 10 * before
+
+    def _grew(self, series: Series, step: int, factor: float) -> bool:
         before = np.abs(series.values[(series.steps < step) & np.isfinite(series.values)])
-        return len(before) >= 2 and bool(before[-1] > self.runaway * max(float(np.median(before[:5])), 1e-12))
+        return len(before) >= 2 and bool(before[-1] >= factor * float(np.median(before)) > 0)
 
     def _invalid(self, history: History, place: Place) -> Finding:
         told = self._operation(history, place.step)
@@ -131,7 +140,8 @@ class InvalidOperation(Rule):
         yield self.finding(
             history,
             level="error" if curve.failed else "warning",
-            message=f"The loss is {observed:.2g} at the start, from inputs of at most {self._largest_input(history):.3g}: its square is "
+            message=f"The loss is {observed:.2g} at the start, from inputs of at most "
+            f"{self._largest_input(history):.3g}: its square is "
             f"beyond float32 (limit {self.overflow:.2g}), so an exponential or a division has run away.",
             first_step=step,
             evidence=(Evidence(statistic="loss", observed=observed, limit=self.overflow, step=step),),

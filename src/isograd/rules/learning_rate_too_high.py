@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isograd._depth import weight_parameters
-from isograd._history import Floats, History
+from isograd._history import History
 from isograd._loss_curve import LossCurve, loss_curve, nonfinite_loss
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
 
@@ -47,7 +47,7 @@ class LearningRateTooHigh(Rule):
 
     stage: ClassVar[Stage] = "optimizer"
     needs: ClassVar[tuple[str, ...]] = ("loss", "update_ratio")
-    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "weight_norm", "grad_max")
+    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "weight_norm", "grad_max", "grad_nonfinite")
     explains: ClassVar[tuple[str, ...]] = (
         "loss-divergence",
         "loss-spike",
@@ -79,7 +79,8 @@ class LearningRateTooHigh(Rule):
         yield self.finding(
             history,
             level=self._level(curve),
-            message=f"Steps changed {len(names)} weight tensors by {ratio:.2g} of their size (limit {self.ratio:g}) from step "
+            message=f"Steps changed {len(names)} weight tensors by {ratio:.2g} of their size (limit "
+            f"{self.ratio:g}) from step "
             f"{step} on, and {words}.",
             first_step=step,
             layers=names,
@@ -108,13 +109,13 @@ class LearningRateTooHigh(Rule):
         )
 
     def _started(self, history: History, columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[P]: tensors that did not begin at zero, where any first step is large against nothing."""
+        """[P]: tensors that did not begin near zero, where any first step is large against nothing."""
         norms = history.series.get("weight_norm")
         if norms is None or not len(norms):
             return np.ones(len(columns), dtype=bool)
-        values: Floats = norms.values[:, columns]
-        largest = np.max(np.where(np.isfinite(values), values, 0.0), axis=0)
-        return np.asarray(np.nan_to_num(values[0]) > 0.01 * largest)
+        rows = np.array([max(1, history.parameters[index].shape[0]) for index in columns])
+        # A hundredth of 1 / sqrt(fan_in) in root mean square: far below every initialization but zero.
+        return np.asarray(np.nan_to_num(norms.values[0, columns]) >= 0.01 * np.sqrt(rows))
 
     def _harm(self, history: History, curve: LossCurve) -> tuple[int | None, str]:
         """(step at which it showed, in words), or (None, "")."""
@@ -134,7 +135,11 @@ class LearningRateTooHigh(Rule):
         series = history.series.get("grad_max")
         if series is None or not len(series):
             return None
-        alive = np.flatnonzero((~(np.nan_to_num(series.values, nan=0.0) == 0)).any(axis=1))
+        bad = history.series.get("grad_nonfinite")
+        moving = np.nan_to_num(series.values, nan=0.0) > 0
+        if bad is not None and bad.values.shape == moving.shape:
+            moving |= bad.values > 0
+        alive = np.flatnonzero(moving.any(axis=1))
         if not len(alive) or len(series) - 1 - alive[-1] < 5:
             return None
         return int(series.steps[alive[-1] + 1])

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from isograd._depth import weight_parameters
 from isograd._history import Floats, History
 from isograd._loss_curve import loss_curve
-from isograd._robust import row_median
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -58,7 +57,9 @@ class LearningRateTooLow(Rule):
         if not -1.0 <= curve.share < 0.1 or not self._has_gradient(history):
             return
         series = history["update_ratio"]
-        typical = row_median(series.values[:, columns])
+        ratios = series.values[:, columns]
+        typical = np.max(np.where(np.isfinite(ratios), ratios, -1.0), axis=1)
+        typical = np.where(typical >= 0, typical, np.nan)
         known = np.isfinite(typical)
         if not known.any() or not self._optimizer_is_on(history):
             return
@@ -74,7 +75,8 @@ class LearningRateTooLow(Rule):
             history,
             level="warning",
             message=f"The typical weight tensor never changed by more than {largest:.1e} of its size in a step (limit "
-            f"{self.ratio:g}), {path:.1e} in {history.num_steps} steps together, and the loss went from {curve.start:.4g} to "
+            f"{self.ratio:g}), {path:.1e} in {history.num_steps} steps together, and the loss went from "
+            f"{curve.start:.4g} to "
             f"{curve.end:.4g}.",
             first_step=int(series.steps[known][0]),
             layers=tuple(history.parameters[index].name for index in columns),

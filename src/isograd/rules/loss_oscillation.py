@@ -86,7 +86,8 @@ class LossOscillation(Rule):
 
     def _swing(self, history: History, curve: LossCurve, evidence: Evidence) -> Finding:
         how = (
-            f"turns at nearly every step (autocorrelation of its differences {evidence.observed:.2f}, limit {evidence.limit:g})"
+            f"turns at nearly every step (autocorrelation of its differences {evidence.observed:.2f}, limit "
+            f"{evidence.limit:g})"
             if evidence.below
             else f"scatters by {evidence.observed:.2g} times its level from step to step (limit {evidence.limit:g})"
         )

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from isograd._history import History
-from isograd._robust import excess, longest_run, median_mad
+from isograd._robust import Floats, excess, log10_positive, longest_run, median_mad
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -18,7 +18,7 @@ class LossSpike(Rule):
     """The loss leaves its own recent range upwards and comes back.
 
     Detects
-        z = (loss - median) / (1.48 MAD) over the `width` steps before, the tested step and flagged steps left out,
+        z = (log10 loss - median) / (1.48 MAD), of the loss itself where it is not always positive, over the `width` steps before, the tested step and flagged steps left out,
         above `sigmas`, with a height above the median of at least `height` of the median's own size or of its total
         fall so far. Consecutive flagged steps are one spike; one that does not end is loss-divergence.
 
@@ -59,9 +59,12 @@ class LossSpike(Rule):
         values = series.values
         if values.ndim != 1 or np.isfinite(values).sum() < 16:
             return
-        judged = excess(values, width=self.width, limit=self.sigmas)
-        size = np.maximum(np.abs(judged.center), 1e-12)
-        high = judged.flagged & (values - judged.center >= self.height * size)
+        # Losses of one sign are judged by ratio, others by difference.
+        judged = excess(
+            log10_positive(values) if self._is_positive(values) else values, width=self.width, limit=self.sigmas
+        )
+        center = 10**judged.center if self._is_positive(values) else judged.center
+        high = judged.flagged & (values - center >= self.height * np.abs(center))
         _, longest = longest_run(high)
         if not high.any() or high[-1] or longest > self.width // 2:
             return
@@ -72,7 +75,7 @@ class LossSpike(Rule):
             history,
             level="info",
             message=f"{len(starts)} loss {'spike' if len(starts) == 1 else 'spikes'}, the largest at step "
-            f"{int(series.steps[worst])}: {values[worst]:.4g} against a usual {judged.center[worst]:.4g} "
+            f"{int(series.steps[worst])}: {values[worst]:.4g} against a usual {center[worst]:.4g} "
             f"({judged.z[worst]:.3g} sigma, limit {self.sigmas:g}). Over the run: {usual:.4g} +- {spread:.2g}.",
             first_step=int(series.steps[starts[0]]),
             last_step=int(series.steps[np.flatnonzero(high)[-1]]),
@@ -86,3 +89,6 @@ class LossSpike(Rule):
             ),
             confidence=0.6,
         )
+
+    def _is_positive(self, values: Floats) -> bool:
+        return bool(np.all(values[np.isfinite(values)] > 0))

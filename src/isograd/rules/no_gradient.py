@@ -33,8 +33,7 @@ class NoGradient(Rule):
 
     Stays silent when
         The parameter is frozen or in no optimizer, got a gradient at any step (experts idle in a batch; residual
-        branches scaled by a zero that moves at the first step), or the loss fell to where its derivative is zero. A
-        layer that was never called is info: the program does not use it.
+        branches scaled by a zero that moves at the first step), or the loss fell to where its derivative is zero. A bias that cancels out of the loss (a difference of two outputs of one network) while its weight learns is info, and a layer that was never called is info: the program does not use it.
 
     Remedies
         reinitialize-layers, remove-output-activation
@@ -68,7 +67,7 @@ class NoGradient(Rule):
         if never.any() and len(received) >= (3 if everything else self.patience):
             yield self._never(history, never, everything=everything)
         elif not never.any() or not everything:
-            yield from self._died(history, received[:, optimized].any(axis=1))
+            yield from self._died(history, np.any(received[:, optimized], axis=1))
 
     def _received(self, history: History) -> NDArray[np.bool_] | None:
         """[S, P]: whether a gradient other than zero arrived; an entry that is NaN or Inf is one."""
@@ -81,9 +80,8 @@ class NoGradient(Rule):
         return np.asarray(received)
 
     def _never(self, history: History, never: NDArray[np.bool_], *, everything: bool) -> Finding:
-        called = {layer.name: np.isfinite(layer.position) for layer in history.layers}
-        columns = np.flatnonzero(never)
-        reached = [i for i in columns if called.get(history.parameters[i].layer, True)]
+        columns = [int(index) for index in np.flatnonzero(never)]
+        reached = [index for index in columns if self._matters(history, index, never)]
         level: Level = "error" if everything else "warning" if reached else "info"
         first = [*reached, *(i for i in columns if i not in reached)]
         names = tuple(history.parameters[i].name for i in first)
@@ -93,7 +91,7 @@ class NoGradient(Rule):
             if everything
             else f"{len(names)} of {len(history.parameters)} parameters, {names[0]} first, never"
         )
-        unused = "" if reached else " The layers that own them were never called."
+        unused = "" if reached else " Their layers were never called, or learn by their weights."
         return self.finding(
             history,
             level=level,
@@ -108,6 +106,14 @@ class NoGradient(Rule):
             confidence=0.95 if everything else 0.8,
         )
 
+    def _matters(self, history: History, index: int, never: NDArray[np.bool_]) -> bool:
+        """Whether the layer that owns the parameter was called, and nothing else of it learns."""
+        owner = history.parameters[index].layer
+        called = next((np.isfinite(layer.position) for layer in history.layers if layer.name == owner), True)
+        siblings = [i for i, p in enumerate(history.parameters) if owner and p.layer == owner and len(p.shape) >= 2]
+        cancels = len(history.parameters[index].shape) < 2 and any(not never[i] for i in siblings)
+        return bool(called) and not cancels
+
     def _died(self, history: History, alive: NDArray[np.bool_]) -> Iterator[Finding]:
         """All gradients zero from some step to the end, with a loss that is not near its best possible."""
         steps = history.series["grad_max"].steps
@@ -119,7 +125,8 @@ class NoGradient(Rule):
         yield self.finding(
             history,
             level="error",
-            message=f"Every gradient is exactly zero from step {died} to the end, {silent} steps, while the loss stays at "
+            message=f"Every gradient is exactly zero from step {died} to the end, {silent} steps, while the "
+            f"loss stays at "
             f"{curve.end:.4g}.",
             first_step=died,
             evidence=(Evidence(statistic="grad_max", observed=0.0, limit=0.0, step=died, below=True),),

@@ -54,7 +54,8 @@ class NonfiniteInputs(Rule):
                 history,
                 level="error" if damaged(history) else "warning",
                 message=f"The input {evidence.layer or 'of the model'} held {evidence.observed:.0f} non-finite "
-                f"{'entry' if evidence.observed == 1 else 'entries'} at step {first}, the step at which the run first became "
+                f"{'entry' if evidence.observed == 1 else 'entries'} at step {first}, the step at which the "
+                f"run first became "
                 "non-finite.",
                 first_step=first,
                 layers=(evidence.layer,) if evidence.layer else (),

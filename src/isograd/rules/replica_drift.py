@@ -53,7 +53,8 @@ class ReplicaDrift(Rule):
         yield self.finding(
             history,
             level="error",
-            message=f"{max(1, len(names))} parameters differ between ranks, by up to {worst.observed:.2g} of their size "
+            message=f"{max(1, len(names))} parameters differ between ranks, by up to {worst.observed:.2g} "
+            f"of their size "
             f"(limit {self.limit:g}) at step {worst.step}; first seen at step {begun}.",
             first_step=begun,
             layers=names,

@@ -86,8 +86,10 @@ class SaturatingActivations(Rule):
         yield self.finding(
             history,
             level=self._level(history),
-            message=f"{len(hidden)} {' and '.join(kinds)} activations in series take {taken:.1f} of the {lost:.1f} decades that "
-            f"the gradient signal loses over depth ({taken / len(hidden):.2f} per layer; limit {self.decades:g} in all).",
+            message=f"{len(hidden)} {' and '.join(kinds)} activations in series take {taken:.1f} of the "
+            f"{lost:.1f} decades that "
+            f"the gradient signal loses over depth ({taken / len(hidden):.2f} per layer; limit "
+            f"{self.decades:g} in all).",
             first_step=seen[0].step,
             layers=tuple(history.layers[index].name for index in hidden),
             evidence=(
@@ -120,7 +122,8 @@ class SaturatingActivations(Rule):
         yield self.finding(
             history,
             level=self._level(history),
-            message=f"{100 * observed:.0f} % of the outputs of {name} are saturated (limit {100 * self.saturated:.0f} %), first "
+            message=f"{100 * observed:.0f} % of the outputs of {name} are saturated (limit "
+            f"{100 * self.saturated:.0f} %), first "
             f"at step {begun}: hardly any gradient passes.",
             first_step=begun,
             layers=tuple(history.layers[hidden[index]].name for index in pinned),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from isograd._depth import ACTIVATIONS, boundary, columns_of, weight_parameters
+from isograd._depth import ACTIVATIONS, WEIGHTED, boundary, columns_of, weight_parameters
 from isograd._history import History
 from isograd._loss_curve import LossCurve, loss_curve
 from isograd._robust import median
@@ -124,8 +124,9 @@ class UnscaledInputs(Rule):
         taken = self._first_share(history)
         if taken >= self.harm:
             yield f"The first layer takes {100 * taken:.2f} % of the squared gradient norm."
-        if curve is not None and curve.start >= 20 * max(abs(curve.end), 1.0):
-            yield f"The loss starts at {curve.start:.4g} and only comes down from there."
+        inflated = self._first_output(history)
+        if inflated >= self.scale:
+            yield f"Outputs start at a root mean square of {inflated:.3g}."
 
     def _first_share(self, history: History) -> float:
         """The first weight's share of the squared gradient norm at the first reading."""
@@ -134,6 +135,13 @@ class UnscaledInputs(Rule):
             return 0.0
         power = np.nan_to_num(series.values[0, weights], posinf=0.0) ** 2
         return float(power[0] / np.sum(power)) if np.sum(power) > 0 else 0.0
+
+    def _first_output(self, history: History) -> float:
+        """Root mean square of the last layer's first output, 0 where the targets are as large."""
+        weighted, row = columns_of(history, WEIGHTED), history["output_rms"].values[0]
+        targets = row[boundary(history, "target")]
+        size = float(row[weighted[-1]]) if len(weighted) else 0.0
+        return size if np.isfinite(size) and not np.any(targets >= size / 2) else 0.0
 
     def _level(self, curve: LossCurve | None, harmed: bool) -> Level:
         if not harmed:

@@ -102,7 +102,8 @@ class VanishingGradients(Rule):
             yield self.finding(
                 history,
                 level=self._level(history, observed),
-                message=f"The gradient signal of {layer} loses {observed:.1f} decades over {calls.shape[1]} calls, from the "
+                message=f"The gradient signal of {layer} loses {observed:.1f} decades over {calls.shape[1]} "
+                f"calls, from the "
                 f"last back to the first (limit {self.decades:g}).",
                 first_step=int(series.steps[bad[0]]),
                 layers=(layer,),

@@ -46,13 +46,17 @@ class Call:
         if gradient is None or not gradient.numel():
             return
         plain = kernels.real(gradient)
-        norm, peak = kernels.norms([plain])[0], kernels.largest([plain])[0]
+        norm = kernels.norm(plain)
+        suspicious = is_suspicious(norm)
+        # Where the norm is neither 0 nor overflown, a sample tells the order of magnitude of the largest entry.
+        looked_at = plain if suspicious or not float(norm) else kernels.activation_sample(plain)
+        peak = kernels.largest([looked_at])[0]
+        if suspicious:
+            self.readings["signal_nonfinite"] = kernels.num_nonfinite(plain)
         if self.has_signal:
             norm = torch.hypot(norm, self.readings["signal_norm"])
             peak = torch.maximum(peak, self.readings["signal_max"])
         self.readings["signal_norm"], self.readings["signal_max"] = norm, peak
-        if is_suspicious(peak):
-            self.readings["signal_nonfinite"] = kernels.num_nonfinite(plain)
         self.has_signal = True
 
 
@@ -62,24 +66,23 @@ def is_suspicious(reading: Tensor) -> bool:
 
 
 def read_values(values: Tensor, *, boundary: bool = False, rows: bool = False) -> Call:
-    """The statistics of a value as such. `boundary`: also spread and column scales. `rows`: also sums over rows."""
-    call = Call(size=values.numel())
+    """The statistics of a value as such. `boundary`: every entry counts, also spread and column scales.
+    `rows`: also sums over rows."""
     plain = kernels.real(values)
-    if plain.dtype == torch.bool:
-        plain = plain.float()
-    call.size = plain.numel()
+    call = Call(size=plain.numel())
     if not call.size:
         return call
-    norm, mean, low, high = kernels.summary(plain)
+    norm = kernels.norm(plain)
+    sample = plain if boundary or not plain.dim() else kernels.activation_sample(plain)
+    mean, low, high = kernels.spread(sample)
     call.readings.update({"norm": norm, "mean": mean, "low": low, "high": high})
     if is_suspicious(norm):
         call.readings["nonfinite"] = kernels.num_nonfinite(plain)
-    floating = plain.is_floating_point()
-    if not floating or not plain.dim():
+    if not plain.is_floating_point() or not plain.dim():
         return call
     call.readings["zero"] = kernels.zero_fraction(kernels.activation_sample(plain))
     if boundary and plain.numel() > 1:
-        call.readings["std"] = plain.std(correction=0).float()
+        call.readings["std"] = plain.to(kernels.wide(plain.dtype)).std(correction=0).float()
     if boundary and plain.dim() == 2 and plain.shape[1] > 1:
         call.readings["columns"] = kernels.column_scale_ratio(plain)
     if rows and plain.dim() >= 2:

@@ -49,8 +49,12 @@ def activation_parameters(module: nn.Module) -> dict[str, float]:
         return {"negative_slope": float(module.negative_slope)}
     if isinstance(module, nn.SELU):
         return {"alpha": 1.6732632423543772, "scale": 1.0507009873554805}
-    if isinstance(module, (nn.ELU, nn.CELU)):
+    if isinstance(module, nn.ELU):
         return {"alpha": float(module.alpha)}
+    if isinstance(module, nn.CELU):  # alpha * (exp(x / alpha) - 1)
+        return {"alpha": float(module.alpha), "input_scale": 1 / float(module.alpha)}
+    if isinstance(module, nn.Softplus):
+        return {"beta": float(module.beta)}
     return {}
 
 

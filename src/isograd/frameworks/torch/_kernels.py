@@ -16,16 +16,23 @@ from torch import Tensor
 PARAMETER_SAMPLE = 16384
 """Entries of a parameter that estimates look at: 64 evenly spaced runs of 256, so that few cache lines are touched."""
 
-ACTIVATION_SAMPLE = 65536
-"""Entries of an activation that estimates look at: single entries at a stride coprime to the feature axis."""
+ACTIVATION_SAMPLE = 16384
+"""Entries of an activation that estimates look at: single entries at a stride coprime to the feature axis. Small enough
+to stay on one thread, which on a busy machine is worth more than the second core."""
 
-UNIT_ENTRIES = 1 << 20
+UNIT_ENTRIES = 1 << 18
 """Largest activation whose every row is examined for dead units; larger ones are strided along the batch."""
 
-ROWS = 4096
+ROWS = 256
 """Rows that row sums and column scales look at."""
 
 _RUNS, _RUN = 64, PARAMETER_SAMPLE // 64
+
+
+_REDUCIBLE = frozenset(
+    {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+)
+"""Dtypes that torch can reduce everywhere: not bool, 8-bit floats and wide unsigned integers."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -34,11 +41,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """`tensor` as plain real dense values: complex as pairs, sparse as its coalesced values, quantized refused."""
+    """`tensor` as plain real dense values: complex as pairs, sparse as its coalesced values, exotic dtypes as float32."""
     plain = tensor.detach()
     if plain.layout != torch.strided:
         plain = plain.coalesce().values() if plain.layout == torch.sparse_coo else plain.values()
-    return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    return plain if plain.dtype in _REDUCIBLE else plain.dequantize() if plain.is_quantized else plain.float()
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -48,6 +57,14 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if any(t.dtype == torch.float64 for t in tensors):
         return [torch.linalg.vector_norm(t, 2, dtype=wide(t.dtype)).float() for t in tensors]
     return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+
+
+def extremes(tensors: Sequence[Tensor]) -> list[float]:
+    """Largest absolute entry of each non-empty real dense tensor on the CPU, on the host at once; NaN if any is NaN."""
+    pairs = [torch.aminmax(tensor) for tensor in tensors]
+    lows = torch.stack([low for low, _ in pairs]).tolist()
+    highs = torch.stack([high for _, high in pairs]).tolist()
+    return [high if high > -low or high != high else -low for low, high in zip(lows, highs, strict=True)]
 
 
 def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -72,7 +89,8 @@ def parameter_sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     if flat.numel() <= PARAMETER_SAMPLE:
         return flat
-    return flat.as_strided((_RUNS, _RUN), (flat.numel() // _RUNS, 1), flat.storage_offset())
+    step = flat.stride(0)  # 1, except in a column of a matrix (its width) or an expanded scalar (0)
+    return flat.as_strided((_RUNS, _RUN), (flat.numel() // _RUNS * step, step), flat.storage_offset())
 
 
 def activation_sample(tensor: Tensor) -> Tensor:
@@ -86,16 +104,21 @@ def activation_sample(tensor: Tensor) -> Tensor:
 
 def zero_fraction(sample: Tensor) -> Tensor:
     """Share of exactly zero entries of an already sampled tensor."""
-    return (sample == 0).float().mean()
+    return 1 - torch.count_nonzero(sample) / sample.numel()
 
 
-def summary(tensor: Tensor) -> list[Tensor]:
-    """[L2 norm, mean, smallest, largest] of a non-empty real tensor, all entries, in one read each."""
-    low, high = torch.aminmax(tensor)
+def norm(tensor: Tensor) -> Tensor:
+    """L2 norm of one real dense tensor, all entries."""
     if not tensor.is_floating_point():
         tensor = tensor.float()
-    norm = torch.linalg.vector_norm(tensor, 2, dtype=wide(tensor.dtype))
-    return [norm.float(), tensor.mean(dtype=wide(tensor.dtype)).float(), low.float(), high.float()]
+    return torch.linalg.vector_norm(tensor, 2, dtype=wide(tensor.dtype)).float()
+
+
+def spread(values: Tensor) -> list[Tensor]:
+    """[mean, smallest, largest] of the entries given."""
+    low, high = torch.aminmax(values)
+    mean = values.mean(dtype=wide(values.dtype) if values.is_floating_point() else torch.float64)
+    return [mean.float(), low.float(), high.float()]
 
 
 def dead_units(active: Tensor, axis: int) -> Tensor:
@@ -149,7 +172,6 @@ SLOPES: dict[str, Slope] = {
     "relu": lambda out, _: (out > 0).float(),
     "silu": _silu_slope,
     "gelu": _gelu_slope,
-    "softplus": lambda out, _: 1 - torch.exp(-out),
     "softsign": lambda out, _: (1 - out.abs()).square(),
 }
 """Derivative of an activation from its output (and its input, where the output does not determine it)."""
@@ -161,21 +183,26 @@ STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "hardtanh": 1.0, "softsign": 1.0}
 def slope(kind: str, out: Tensor, x: Tensor | None, parameters: dict[str, float]) -> Tensor | None:
     """Elementwise derivative at a sample, or None for activations that this module does not know.
 
-    `parameters`: `negative_slope` (leaky-relu), `alpha` and `scale` (elu, selu), `low` and `high` (hardtanh).
+    `parameters`: `negative_slope` (leaky-relu), `alpha`, `scale` and `input_scale` (elu, selu: scale * alpha *
+    (exp(input_scale * x) - 1) below 0), `beta` (softplus), `low` and `high` (hardtanh).
     """
     if kind == "leaky-relu":
-        return torch.where(out > 0, 1.0, parameters.get("negative_slope", 0.01))
+        # The input knows better where slopes are learned (PReLU) or random (RReLU).
+        below = parameters.get("negative_slope", 0.01) if x is None else torch.where(x < 0, out / x, 1.0)
+        return torch.where(out > 0, 1.0, below)
     if kind in ("elu", "selu"):
         scale, alpha = parameters.get("scale", 1.0), parameters.get("alpha", 1.0)
-        return torch.where(out > 0, scale, out + scale * alpha)
+        return torch.where(out > 0, scale, (out + scale * alpha) * parameters.get("input_scale", 1.0))
+    if kind == "softplus":
+        return 1 - torch.exp(-out * parameters.get("beta", 1.0))
     if kind == "hardtanh":
         return ((out > parameters.get("low", -1.0)) & (out < parameters.get("high", 1.0))).float()
     return SLOPES[kind](out, x) if kind in SLOPES else None
 
 
 def active(kind: str, out: Tensor, parameters: dict[str, float]) -> Tensor | None:
-    """Where the activation's slope is not exactly zero; None for those whose slope never is."""
-    if kind in ("relu", "gelu", "silu"):
+    """Where the activation's slope is not exactly zero; None for those whose slope is zero at isolated points only."""
+    if kind == "relu":
         return out != 0
     if kind == "hardtanh":
         return (out > parameters.get("low", -1.0)) & (out < parameters.get("high", 1.0))
@@ -199,7 +226,7 @@ def activation(kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
-QUERY_ROWS = 1024
+QUERY_ROWS = 256
 """Query rows (over batch and heads) that attention statistics look at."""
 
 
@@ -221,16 +248,20 @@ def attention_from_operands(
     chosen = torch.arange(query.shape[-2] - 1, -1, -min(stride, query.shape[-2]), device=query.device)
     thin = max(1, heads * len(chosen) // QUERY_ROWS)
     queries = query.detach().reshape(heads, *query.shape[-2:])[::thin][:, chosen].float()
+    if key.shape[:-2] != query.shape[:-2]:  # grouped queries: several heads share one head of keys
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     keys = key.detach().reshape(heads, *key.shape[-2:])[::thin].float()
     logits = queries @ keys.transpose(-2, -1) * scale
     visible = torch.ones_like(logits, dtype=torch.bool)
     if causal:
         visible &= torch.arange(key.shape[-2], device=key.device) <= chosen[:, None]
-    if mask is not None and mask.shape[-2:] == (query.shape[-2], key.shape[-2]):
-        bias = mask.expand(*query.shape[:-2], *mask.shape[-2:]).reshape(heads, *mask.shape[-2:])[::thin][:, chosen].float()
-        visible &= bias > -math.inf
-        logits = logits + bias
-    peak = torch.where(visible, logits, 0.0).abs().max()
+    peak_of = logits
+    if mask is not None:
+        every = mask.detach().expand(*query.shape[:-1], key.shape[-2]).reshape(heads, query.shape[-2], key.shape[-2])
+        some = every[::thin][:, chosen]
+        visible &= some if some.dtype == torch.bool else some > -math.inf
+        logits = logits if some.dtype == torch.bool else logits + some.float()
+    peak = torch.where(visible, peak_of, 0.0).abs().max()
     weights = torch.softmax(logits.masked_fill(~visible, -math.inf), -1)
     return _entropy(weights.reshape(-1, weights.shape[-1])), peak
 

@@ -439,6 +439,8 @@ class Observer:
         if not self._is_ours(optimizer) or self._stepping is not None:
             return
         self._seen_optimizers[optimizer] = None
+        if any(pending.optimizer is optimizer for pending in self._pending):
+            self._settle()
         with torch.no_grad():
             deep = self._is_deep(optimizer)
             self._stepping = ParameterReading(optimizer)
@@ -686,7 +688,8 @@ class Observer:
             self._recorder.write_row(done.subject.name, done.step, "deep", deep)
             self._write_profiles(done, row)
         readings = {"loss": _or_inf(cheap["loss"], cheap["loss_nonfinite"])} if done.losses else {}
-        readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], np.nansum(cheap["grad_nonfinite"]))
+        if not math.isnan(cheap["global_grad_norm"]) or np.nansum(cheap["grad_nonfinite"]):
+            readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], math.isnan(cheap["global_grad_norm"]))
         shown = {name: float(cheap[name]) for name in ("loss", "global_grad_norm")}
         self._schedules[done.subject.name].observe(
             done.step, deep=done.is_deep, seconds=total, watch_seconds=watch, readings=readings
@@ -706,9 +709,12 @@ class Observer:
             numbers = self._ranks.total(numbers)
             numbers[3:] = [value / self._ranks.size for value in numbers[3:]]
         total, count, bad, seconds, watched = numbers
-        norms = cheap["grad_norm"][~np.isnan(cheap["grad_norm"])]
-        lost = np.nansum(cheap["grad_nonfinite"]) > 0
-        norm = math.nan if lost or not len(norms) else float(np.sqrt(np.sum(np.square(norms))))
+        norms = cheap["grad_norm"]
+        norm = math.sqrt(np.dot(norms, norms)) if len(norms) else math.nan
+        if math.isnan(norm):  # some tensors have no gradient, or one that is not finite
+            present = norms[~np.isnan(norms)]
+            lost = np.nansum(cheap["grad_nonfinite"]) > 0
+            norm = math.nan if lost or not len(present) else math.sqrt(np.dot(present, present))
         factors = [min(1.0, limit / (before + 1e-6)) for before, limit in zip(row[done.clips], done.limits, strict=True)]
         factor = min((f for f in factors if not math.isnan(f)), default=1.0)
         return {
@@ -779,35 +785,37 @@ class _Step:
     def parameter_arrays(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cheap, deep) arrays over the subject's parameters."""
         width = len(self.subject.parameters)
-        arrays = {name: np.full(width, np.nan) for name in _PARAMETER_READINGS}
+        names = (*_CHEAP_READINGS, *_DEEP_READINGS) if self.is_deep else _CHEAP_READINGS
+        arrays = dict(zip(names, np.full((len(names), width), np.nan), strict=True))
         for pending, columns in zip(self.group, self.columns, strict=True):
             found = pending.reading.read(row)
             scale = found.pop("grad_scale", ([0], [1.0]))[1][0]
             found.pop("found_inf", None)
             for name, (present, values) in found.items():
-                divisor = scale if name in ("grad_norm", "grad_max") else 1.0
-                places = [columns[index] for index in present]
-                arrays[name][places] = np.asarray(values, dtype=np.float64) / divisor
+                places = columns if len(present) == len(columns) else [columns[index] for index in present]
+                arrays[name][places] = values if name not in _SCALED else np.divide(values, scale)
         return _cheap_arrays(arrays), _deep_arrays(arrays) if self.is_deep else {}
 
 
-_PARAMETER_READINGS = (
-    "grad_norm", "grad_max", "grad_nonfinite", "grad_zero_fraction", "weight_norm", "weight_max", "weight_nonfinite",
-    "state_nonfinite", "update_norm", "sampled_change", "sampled_norm",
+_CHEAP_READINGS = ("grad_norm", "grad_max", "grad_nonfinite")
+_DEEP_READINGS = (
+    "grad_zero_fraction", "weight_norm", "weight_nonfinite", "state_nonfinite", "update_norm", "sampled_change",
+    "sampled_norm",
 )  # fmt: skip
+_SCALED = ("grad_norm", "grad_max")
 
 
 def _cheap_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
-    lost = ~np.isfinite(arrays["grad_max"]) & ~(np.isnan(arrays["grad_norm"]) & np.isnan(arrays["grad_max"]))
-    seen = np.isfinite(arrays["grad_max"])
-    counts = arrays["grad_nonfinite"]
-    lost |= counts > 0
-    counts = np.where(np.isnan(counts), np.where(lost, 1.0, np.where(seen, 0.0, np.nan)), counts)
-    return {
-        "grad_norm": np.where(lost, np.nan, arrays["grad_norm"]),
-        "grad_max": np.where(lost, np.nan, arrays["grad_max"]),
-        "grad_nonfinite": counts,
-    }
+    """NaN readings become counts: a largest entry that is not finite means at least one entry that is not."""
+    norms, peaks, counts = (arrays[name] for name in _CHEAP_READINGS)
+    if not np.isfinite(peaks).all():
+        read = ~(np.isnan(norms) & np.isnan(peaks) & np.isnan(counts))
+        lost = read & ~np.isfinite(peaks)
+        counts = np.where(np.isnan(counts) & read, lost.astype(float), counts)
+        norms, peaks = np.where(lost, np.nan, norms), np.where(lost, np.nan, peaks)
+    elif np.isnan(counts).any():
+        counts = np.zeros_like(counts)
+    return {"grad_norm": norms, "grad_max": peaks, "grad_nonfinite": counts}
 
 
 def _deep_arrays(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -43,12 +43,11 @@ class ParameterReading:
         present, gradients = self._gradients()
         if not gradients:
             return
-        lengths, peaks = kernels.norms(gradients), kernels.largest(gradients)
         if gradients[0].device.type == "cpu":
-            self._know_gradients(present, gradients, torch.stack([*lengths, *peaks]).tolist())
+            self._know_gradients(present, gradients)
         else:
-            self._tensors["grad_norm"] = present, lengths
-            self._tensors["grad_max"] = present, peaks
+            self._tensors["grad_norm"] = present, kernels.norms(gradients)
+            self._tensors["grad_max"] = present, kernels.largest(gradients)
             if deep:
                 self._tensors["grad_nonfinite"] = present, [kernels.num_nonfinite(g) for g in gradients]
         if deep:
@@ -68,14 +67,14 @@ class ParameterReading:
                 gradients.append(gradient)
         return present, gradients
 
-    def _know_gradients(self, present: list[int], gradients: Sequence[Tensor], values: list[float]) -> None:
+    def _know_gradients(self, present: list[int], gradients: Sequence[Tensor]) -> None:
         """On CPU a suspicious gradient can be looked at again at once, while it is still there."""
-        lengths, peaks = values[: len(present)], values[len(present) :]
+        peaks = kernels.extremes(gradients)
         bad = [0.0] * len(present)
         for i, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 bad[i] = float(kernels.num_nonfinite(gradients[i]))
-        self._known["grad_norm"] = present, lengths
+        self._known["grad_norm"] = present, torch.stack(kernels.norms(gradients)).tolist()
         self._known["grad_max"] = present, peaks
         self._known["grad_nonfinite"] = present, bad
 
@@ -84,9 +83,9 @@ class ParameterReading:
     def read_weights(self) -> None:
         """Weight norms and a copy of the sampled entries, before the step changes them."""
         present, weights = self._weights()
-        self._tensors["weight_norm"] = present, kernels.norms(weights)
-        self._tensors["weight_max"] = present, kernels.largest(weights)
-        suspects = [i for i, peak in enumerate(self._tensors["weight_max"][1]) if is_suspicious(peak)]
+        lengths = kernels.norms(weights)
+        self._tensors["weight_norm"] = present, lengths
+        suspects = [i for i, length in enumerate(lengths) if is_suspicious(length)]
         counts = [kernels.num_nonfinite(weights[i]) for i in suspects]
         self._tensors["weight_nonfinite"] = [present[i] for i in suspects], counts
         self._before = [kernels.parameter_sample(weight).clone() for weight in weights]

@@ -88,6 +88,11 @@ def operation_name(node: Any) -> str:
     return str(node.name()).rsplit("::", 1)[-1].split("Backward")[0]
 
 
+def order(node: Any) -> int:
+    """When the forward pass made the node: a counter of the thread. Leaves stand last."""
+    return int(node._sequence_nr())
+
+
 def walk(root: Any) -> Iterator[tuple[Any, Any]]:
     """Every node below `root` once with the node it was reached from, breadth first, at most `NODES`."""
     seen, waiting = {root}, deque([(root, None)])
@@ -136,9 +141,14 @@ def _note_operation(trace: Trace, node: Any, name: str, inside: Place | None) ->
 def _attention_kind(node: Any, name: str) -> str | None:
     if name.startswith("ScaledDotProduct"):
         return "attention"
-    if name == "Softmax" and _matrix_product_below(node) is not None:
+    if name in ("Softmax", "SafeSoftmax") and _is_over_last_axis(node) and _matrix_product_below(node) is not None:
         return "attention"
     return None
+
+
+def _is_over_last_axis(node: Any) -> bool:
+    axes = len(node._input_metadata[0].shape)
+    return node._saved_dim in (axes - 1, 2**64 - 1)  # -1, saved unsigned
 
 
 def _below(node: Any) -> Any:
@@ -205,7 +215,7 @@ def saved(node: Any, *names: str) -> Tensor | None:
 
 def read_operation(operation: Operation, after: str) -> list[tuple[Any, Call]]:
     """(node, readings) of each call of a functional activation or attention, first call first."""
-    nodes = operation.nodes[::-1]  # the walk met the last call first
+    nodes = sorted(operation.nodes, key=order)
     if len(nodes) > CALLS:
         nodes = [nodes[round(i * (len(nodes) - 1) / (CALLS - 1))] for i in range(CALLS)]
     read = _read_attention if operation.kind == "attention" else _read_activation
@@ -231,6 +241,8 @@ def _constants(node: Any, kind: str) -> dict[str, float]:
         return {"low": float(node._saved_min_val), "high": float(node._saved_max_val)}
     if kind == "elu":
         return {"alpha": float(node._saved_alpha), "scale": float(node._saved_scale)}
+    if kind == "softplus":
+        return {"beta": float(node._saved_beta)}
     return {}
 
 
@@ -242,8 +254,9 @@ def _apply(kind: str, x: Tensor, constants: dict[str, float]) -> Tensor:
         return x.clamp(constants["low"], constants["high"])
     if kind == "elu":
         return constants["scale"] * functional.elu(x, constants["alpha"])
-    plain = {"gelu": functional.gelu, "silu": functional.silu, "softplus": functional.softplus}
-    return plain[kind](x)
+    if kind == "softplus":
+        return functional.softplus(x, constants["beta"])
+    return functional.gelu(x) if kind == "gelu" else functional.silu(x)
 
 
 def _read_attention(node: Any, kind: str, after: str) -> Call | None:
@@ -275,7 +288,11 @@ def _read_softmax(node: Any, weights: Tensor) -> Call:
     left, right = (saved(product, "self", "batch1"), saved(product, "mat2", "batch2")) if product is not None else (None, None)
     if left is not None and right is not None:
         scale = _scale_between(node, product)
-        _, call.readings["logit"] = kernels.attention_from_operands(left, right.transpose(-2, -1), scale)
+        keys = right.transpose(-2, -1)
+        shape = (*left.shape[:-1], keys.shape[-2])
+        aligned = weights.shape[-2:] == shape[-2:] and weights.numel() == math.prod(shape)
+        visible = weights.reshape(shape) > 0 if aligned else None
+        _, call.readings["logit"] = kernels.attention_from_operands(left, keys, scale, visible)
     return call
 
 
@@ -345,8 +362,7 @@ def first_bad_operation(loss: Tensor) -> BadOperation | None:
     """The most upstream node with an invalid operand or a non-finite result, or None when no saved tensor shows it."""
     if loss.grad_fn is None:
         return None
-    nodes = [node for node, _ in walk(loss.grad_fn)]
-    for node in reversed(nodes):  # breadth first from the loss, so the last ones are the most upstream
+    for node in sorted((node for node, _ in walk(loss.grad_fn)), key=order):
         found = _examine(node)
         if found is not None:
             return found

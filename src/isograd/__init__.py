@@ -1,0 +1,83 @@
+"""isograd finds why gradients vanish or explode. This is the public list; `isograd --help` is the command line.
+
+with isograd.watch(model, optimizer) as run:
+    ...  # the training loop, unchanged
+print(run.diagnose())
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isograd._diagnose import Diagnosis as Diagnosis
+    from isograd._errors import IsogradError as IsogradError
+    from isograd._errors import RunNotFound as RunNotFound
+    from isograd._errors import RunUnreadable as RunUnreadable
+    from isograd._errors import ScriptError as ScriptError
+    from isograd._errors import UnhealthyRun as UnhealthyRun
+    from isograd._errors import UnknownName as UnknownName
+    from isograd._history import History as History
+    from isograd._runs import Run as Run
+    from isograd._recorded import diagnose as diagnose
+    from isograd._recorded import open_run as open_run
+    from isograd._rule import Evidence as Evidence
+    from isograd._rule import Finding as Finding
+    from isograd._rule import Rule as Rule
+    from isograd._watch import Watch as Watch
+    from isograd._watch import watch as watch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "History",
+    "IsogradError",
+    "Rule",
+    "Run",
+    "RunNotFound",
+    "RunUnreadable",
+    "ScriptError",
+    "UnhealthyRun",
+    "UnknownName",
+    "Watch",
+    "__version__",
+    "diagnose",
+    "open_run",
+    "watch",
+]
+
+_HOME = {
+    "Diagnosis": "_diagnose",
+    "Evidence": "_rule",
+    "Finding": "_rule",
+    "History": "_history",
+    "IsogradError": "_errors",
+    "Rule": "_rule",
+    "Run": "_runs",
+    "RunNotFound": "_errors",
+    "RunUnreadable": "_errors",
+    "ScriptError": "_errors",
+    "UnhealthyRun": "_errors",
+    "UnknownName": "_errors",
+    "Watch": "_watch",
+    "diagnose": "_recorded",
+    "open_run": "_recorded",
+    "watch": "_watch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Delayed: `isograd run` must not import NumPy before the script does, which sets thread counts before it does so.
+    if name not in _HOME:
+        raise AttributeError(f"module 'isograd' has no attribute {name!r}")
+    value = getattr(import_module(f"isograd.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,93 @@
+"""The page of a name: what a symptom, cause or statistic means. A rule's page is its docstring and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from isograd._errors import UnknownName
+from isograd._rule import Rule
+from isograd._settings import nearest
+from isograd._statistics import STATISTICS, Statistic
+from isograd._terminal import is_plain, said
+from isograd.rules import RULES
+
+
+def explain(name: str) -> RenderableType:
+    """The page of a symptom, cause or statistic. Raises UnknownName, with the nearest names, for any other name."""
+    key = name.strip().lower()
+    if key.replace("_", "-") in RULES:
+        return RulePage(rule=RULES[key.replace("_", "-")])
+    if key.replace("-", "_") in STATISTICS:
+        return StatisticPage(statistic=STATISTICS[key.replace("-", "_")])
+    everything = f"; symptoms and causes are {', '.join(RULES)}"
+    raise UnknownName(
+        f"{name!r} is no symptom, cause or statistic{nearest(key, [*RULES, *STATISTICS], otherwise=everything)}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulePage:
+    """A rule's docstring under its name and stage, and its options with their defaults."""
+
+    rule: type[Rule]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = is_plain(console, options)
+        name, stage = self.rule.rule_name(), self.rule.stage
+        yield Text.assemble((name, "bold"), f"   {'symptom' if stage == 'symptom' else f'cause, {stage}'}")
+        for heading, paragraphs in _sections(inspect.getdoc(self.rule) or ""):
+            yield Text(f"\n{heading}" if heading else "", style="bold")
+            yield from (Padding(said(p, plain=plain), (0, 0, 0, 2 if heading else 0)) for p in paragraphs)
+        defaults = [f"{f.name} = {f.default!r}" for f in fields(self.rule) if f.default is not MISSING]  # type: ignore[arg-type]
+        if defaults:
+            yield Text()
+            yield Text(f"Options, in [tool.isograd.rules.{name}] of pyproject.toml", style="bold")
+            yield from (Padding(Text(default), (0, 0, 0, 2)) for default in defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticPage:
+    """What a statistic means, when it is read, how exact it is and which rules need it."""
+
+    statistic: Statistic
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        statistic, plain = self.statistic, is_plain(console, options)
+        unit = f", in {statistic.unit}" if statistic.unit != "1" else ""
+        yield Text.assemble((statistic.name, "bold"), f"   statistic, one reading per {statistic.axis}{unit}\n")
+        yield said(statistic.meaning, plain=plain)
+        yield Text()
+        yield Text(f"Read: {'every step' if statistic.tier == 'cheap' else 'at deep steps'}. Error: {statistic.error}.")
+        users = sorted(name for name, rule in RULES.items() if statistic.name in rule.needs)
+        if users:
+            yield Text(f"Needed by: {', '.join(users)}.")
+
+
+def _sections(docstring: str) -> Iterator[tuple[str, list[str]]]:
+    """Heading and paragraphs of each block; a heading is a line above indented ones, "" where there is none.
+
+    Lines are joined, so that the page fits every width; `option: …` begins a paragraph of its own.
+    """
+    for block in docstring.split("\n\n"):
+        heading, *body = block.splitlines()
+        if body and all(line.startswith(" ") for line in body):
+            yield heading, _joined(body)
+        else:
+            yield "", _joined([heading, *body])
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    paragraphs: list[str] = []
+    for line in map(str.strip, lines):
+        if not paragraphs or re.match(r"[a-z][a-z_]*: ", line):
+            paragraphs.append(line)
+        else:
+            paragraphs[-1] += f" {line}"
+    return paragraphs
