@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from isograd._errors import UnhealthyRun as UnhealthyRun
     from isograd._errors import UnknownName as UnknownName
     from isograd._history import History as History
-    from isograd._runs import Run as Run
     from isograd._recorded import diagnose as diagnose
     from isograd._recorded import open_run as open_run
     from isograd._rule import Evidence as Evidence
     from isograd._rule import Finding as Finding
     from isograd._rule import Rule as Rule
+    from isograd._runs import Run as Run
     from isograd._watch import Watch as Watch
     from isograd._watch import watch as watch
 

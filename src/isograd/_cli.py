@@ -106,7 +106,7 @@ def run(*, script: str, args: tuple[str, ...], module: bool, fail_on: str | None
     return _FAILED_ON if failed else outcome.status
 
 
-def _tell(recorded: Path, settings: Settings, *, fail_on: str | None) -> bool:
+def _tell(recorded: Path | Run, settings: Settings, *, fail_on: str | None) -> bool:
     """Show the verdict on a run that has just ended; whether a cause reaches the level `fail_on`."""
     try:
         run, diagnosis = _diagnosed(recorded, settings)
@@ -180,12 +180,13 @@ def _settings(**arguments: Any) -> Settings:
         raise IsogradError(str(error)) from None
 
 
-def _diagnosed(name: str | Path | None, settings: Settings) -> tuple[Run, Diagnosis]:
+def _diagnosed(recorded: Run | str | Path | None, settings: Settings) -> tuple[Run, Diagnosis]:
     from isograd._recorded import diagnose_run
-    from isograd._runs import find_run, read_run
+    from isograd._runs import Run, find_run, read_run
 
-    run = read_run(find_run(None if name is None else str(name), settings.out))
-    return run, diagnose_run(run, settings.rules)
+    if not isinstance(recorded, Run):
+        recorded = read_run(find_run(None if recorded is None else str(recorded), settings.out))
+    return recorded, diagnose_run(recorded, settings.rules)
 
 
 def _show_verdict(opened: Run, diagnosis: Diagnosis, *, file: Any, verbose: bool) -> None:

@@ -36,7 +36,6 @@ class Cause:
             "level": finding.level,
             "layers": list(finding.layers),
             "first_step": finding.first_step,
-            "last_step": finding.last_step,
             "confidence": finding.confidence,
             "message": finding.message,
             "symptoms": [symptom.name for symptom in self.symptoms],

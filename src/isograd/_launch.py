@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from isograd._errors import ScriptError
 
 if TYPE_CHECKING:
+    from isograd._runs import Run
     from isograd._watch import Watch
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -36,10 +37,14 @@ class RunEnded(SystemExit):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchResult:
-    """How a script ended. `run`: the folder of what was recorded, None when nothing was; `note`: why, in a sentence."""
+    """How a script ended.
+
+    `run`: the folder of what was recorded, or the `Run` itself where no folder could be written; None when nothing was
+    recorded, and then `note` says why in a sentence, unless other ranks report.
+    """
 
     status: int
-    run: Path | None
+    run: Path | Run | None
     note: str | None = None
 
 
@@ -95,21 +100,24 @@ def launch(
         if os.getpid() != process:
             os._exit(status)  # a fork that ran off the end of the script: reporting is its parent's business
         _join_threads()
-        return _result(session.close(error), status, _spawned_runs(plan))
-
-
-def _result(watched: tuple[Path | None, int], status: int, spawned: list[Path]) -> LaunchResult:
-    path, num_steps = watched
-    if num_steps or not spawned:
-        path = path if num_steps else None
-        note = None if num_steps else "No optimizer step was seen, so there is nothing to diagnose: the script did not train."
-        return LaunchResult(status=status, run=path, note=note)
-    return LaunchResult(status=status, run=spawned[0])
+        recorded, num_steps = session.close(error)
+        if num_steps:
+            return LaunchResult(status=status, run=recorded)
+        spawned = _spawned_runs(plan)
+        if spawned:
+            return LaunchResult(status=status, run=spawned[0])
+        note = "No optimizer step was seen, so there is nothing to diagnose: the script did not train."
+        return LaunchResult(status=status, run=None, note=note)
 
 
 @contextlib.contextmanager
 def _notes(plan: _Plan) -> Iterator[None]:
-    handle, name = tempfile.mkstemp(prefix="isograd-")
+    """A file in which spawned processes say where they recorded; without one they are watched all the same."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="isograd-")
+    except OSError:
+        yield
+        return
     os.close(handle)
     plan.found = Path(name)
     try:
@@ -119,7 +127,8 @@ def _notes(plan: _Plan) -> Iterator[None]:
 
 
 def _spawned_runs(plan: _Plan) -> list[Path]:
-    assert plan.found is not None
+    if plan.found is None:
+        return []
     return [Path(line) for line in plan.found.read_text(encoding="utf-8").splitlines() if line]
 
 
@@ -179,14 +188,19 @@ class _Session:
     def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
         self._is_over = self._plan.steps is not None and step + 1 >= self._plan.steps
         if self._progress is not None and self._watch is not None:
-            self._progress.update(step, readings["loss"], readings["global_grad_norm"], self._watch.overhead)
+            shown = readings["loss"], readings["global_grad_norm"], self._watch.overhead
+            self._progress.update(step, *shown, deep=self._watch.deep_step)
 
     def _end_if_over(self) -> None:
         if self._is_over:
             raise RunEnded(0)
 
-    def close(self, error: BaseException | None) -> tuple[Path | None, int]:
-        """Finish the run file. Returns its folder and the number of steps seen; an empty run leaves no folder."""
+    def close(self, error: BaseException | None) -> tuple[Path | Run | None, int]:
+        """Finish the run file; an empty one leaves no folder.
+
+        Returns where it is, or the run itself where no folder could be written (None on ranks that report nothing),
+        and the number of steps seen.
+        """
         if self._finder is not None and self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
         if self._progress is not None:
@@ -196,6 +210,8 @@ class _Session:
         self._watch.close(error)
         if not self._watch.step:
             self._watch.discard()
+        if self._watch.is_in_memory:
+            return self._watch.run() if self._watch.reports else None, self._watch.step
         return self._watch.path, self._watch.step
 
 
@@ -258,7 +274,7 @@ class _Spawned:
             raise
         finally:
             path, num_steps = session.close(error)
-            if index == 0 and path is not None and num_steps and self.plan.found is not None:
+            if index == 0 and isinstance(path, Path) and num_steps and self.plan.found is not None:
                 with contextlib.suppress(OSError), self.plan.found.open("a", encoding="utf-8") as notes:
                     notes.write(f"{path.absolute()}\n")
 

@@ -130,8 +130,8 @@ def _narrow(statistic: str, matrix: NDArray[Any]) -> NDArray[Any]:
         narrow = wide.astype("<f4")
         # 2**-24 is half a unit in the last place; what overflows, underflows or becomes subnormal is further off.
         allowed = 0.0 if is_count(statistic) else 2.0**-24 * np.abs(wide)
-        is_near = (np.abs(narrow - wide) <= allowed) & np.isfinite(narrow)
-    return narrow if (is_near | (narrow == wide) | np.isnan(wide)).all() else wide
+        is_near = (np.abs(narrow - wide) <= allowed) | (narrow == wide) | np.isnan(wide)
+    return narrow if is_near.all() else wide
 
 
 def _is_constant(packed: NDArray[Any]) -> bool:

@@ -31,7 +31,7 @@ FALLING = -1.96
 
 @dataclass(frozen=True, kw_only=True)
 class LossCurve:
-    """The course of a loss. `start`, `end`, `lowest` are medians over stretches; `noise` is the scatter of an early value.
+    """The course of a loss. `start`, `end`, `lowest` are medians over stretches; `noise` is the scatter at first.
 
     `peak` is the largest finite loss, at `peak_step`. `nonfinite` counts steps with a NaN or Inf loss, `lost` says
     that the last step was one of them. `tail_trend` is the Mann-Kendall score of the second half.
@@ -95,8 +95,7 @@ def loss_curve(history: History) -> LossCurve | None:
     peak = int(np.nanargmax(np.where(np.isfinite(values), values, np.nan)))
     return LossCurve(
         count=len(kept),
-        # The first value counts in full: a loss that is solved within five steps still started where it started.
-        start=max(float(kept[0]), float(np.median(kept[: min(5, max(1, len(kept) // 10))]))),
+        start=_start(kept),
         end=float(np.median(kept[-min(50, max(1, len(kept) // 10)) :])),
         lowest=float(medians.min()),
         peak=float(values[peak]),
@@ -107,6 +106,12 @@ def loss_curve(history: History) -> LossCurve | None:
         tail_trend=mann_kendall(tail),
         tail_fall=float(tail[: max(1, len(tail) // 4)].mean() - tail[-max(1, len(tail) // 4) :].mean()),
     )
+
+
+def _start(kept: Floats) -> float:
+    """The median of the first five values at most, or the first one where the loss left it threefold within these."""
+    first, typical = float(kept[0]), float(np.median(kept[: min(5, max(1, len(kept) // 10))]))
+    return first if abs(first - typical) > 2 / 3 * max(abs(first), abs(typical)) else typical
 
 
 def nonfinite_loss(history: History) -> Floats:

@@ -151,7 +151,7 @@ class RunFile:
 
         `meta` holds JSON values; `schema`, `started`, `host`, `pid` and `state` ("running") are added where missing.
         `in_memory`: make no folder. `kept`: rows of each tier that stay as they were written; older ones are merged.
-        `largest`: bytes of readings beyond which the fullest tier is merged earlier, so that a week fits into 1 GB.
+        `largest`: bytes of the file beyond which the fullest tier is merged earlier, so that a week fits into 1 GB.
         """
         folder = Path(root).absolute() / _new_id(meta)
         file = cls(folder, on_failure=on_failure, in_memory=in_memory, kept=kept, largest=largest)
@@ -239,7 +239,8 @@ class RunFile:
     def read(self) -> Run:
         """The run up to now, wherever it is kept. Raises RunNotFound or RunUnreadable."""
         if os.getpid() == self._process:
-            run = self._ask(lambda store: read_connection(store.connection, self._folder))
+            folder = self._folder  # a question that held `self` would keep a run in memory alive
+            run = self._ask(lambda store: read_connection(store.connection, folder))
             if isinstance(run, Run):
                 return run
         return read_run(self._folder)
@@ -565,24 +566,30 @@ class _Store:
         for where, (count, _) in self._tallies.items():
             if count >= self._kept + _PIECE:
                 return where
-        if sum(size for _, size in self._tallies.values()) <= self._largest:
+        if self._bytes_used() <= self._largest:
             return None
         mergeable = [where for where, (count, _) in self._tallies.items() if count >= 2 * _PIECE]
         return max(mergeable, key=lambda where: self._tallies[where][1], default=None)
 
+    def _bytes_used(self) -> int:
+        pragmas = ("page_count", "freelist_count", "page_size")
+        count, free, size = (int(self.connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in pragmas)
+        return (count - free) * size
+
     def to_memory(self) -> _Store | None:
         """A copy in memory, to go on with when the disk fails; None when it is too large for that."""
-        pages, size = (self.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-        if pages * size > _LARGEST_IN_MEMORY:
+        if self._bytes_used() > _LARGEST_IN_MEMORY:
             return None
         memory = sqlite3.connect(":memory:", isolation_level=None)
         self.connection.backup(memory)
         return _Store(memory, database=None, kept=self._kept, largest=min(self._largest, _LARGEST_IN_MEMORY))
 
     def close(self) -> None:
-        """Close the connection; the journal is taken into the file."""
+        """Close the connection, and leave one plain file if nobody is reading it just now."""
         with contextlib.suppress(sqlite3.Error):
-            self.connection.close()
+            self.connection.execute("PRAGMA busy_timeout = 100")
+            self.connection.execute("PRAGMA journal_mode = DELETE")
+        self.connection.close()
 
 
 def _new_id(meta: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import os
 
 from isograd._diagnose import Diagnosis
 from isograd._diagnose import diagnose as diagnose_histories
-from isograd._runs import Run, find_run, read_run
 from isograd._rule import Options
+from isograd._runs import Run, find_run, read_run
 from isograd._settings import load_settings
 
 

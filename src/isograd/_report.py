@@ -17,8 +17,8 @@ from rich.text import Text
 from isograd._chart import Sparkline, depth_profile, number
 from isograd._diagnose import Cause, Diagnosis
 from isograd._history import History
-from isograd._runs import RunSummary
 from isograd._rule import LEVELS, Evidence, Finding
+from isograd._runs import RunSummary
 from isograd._terminal import is_plain, said
 from isograd.rules import RULES
 
@@ -187,19 +187,14 @@ def _stage(name: str) -> str:
 
 
 def run_table(runs: Sequence[RunSummary]) -> RenderableType:
-    """One line per run: id, when it started, how it stands, steps, subjects and script."""
+    """One line per run: id, which begins with the time of its start (UTC), how it stands, steps and script."""
     if not runs:
         return Text("No run has been recorded here yet: isograd run SCRIPT records one.")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("run", "started (UTC)", "state"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     table.add_column("steps", justify="right", no_wrap=True)
     table.add_column("script", overflow="fold")
     for run in runs:
-        table.add_row(
-            *(
-                Text(cell)
-                for cell in (run.id, run.started[:19].replace("T", " "), run.state, str(run.steps), run.script)
-            )
-        )
+        table.add_row(*(Text(cell) for cell in (run.id, run.state, str(run.steps), run.script)))
     return table

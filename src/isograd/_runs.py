@@ -175,9 +175,9 @@ def find_run(name: str | None, root: Path = ROOT) -> Path:
     if name is None:
         return _latest(root)
     path = Path(name)
-    if (path / "run.db").is_file():
+    if os.path.isfile(path / "run.db"):  # noqa: PTH113 - unlike Path.is_file, False for names that no file can have
         return path
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - likewise
         return path.parent if path.name == "run.db" else path
     matches = [folder for folder in _folders(root) if folder.name.startswith(name)]
     matches = [folder for folder in matches if folder.name == name] or matches
@@ -297,7 +297,8 @@ class _Tables:
             row["stream"]: Stream(row["subject"], row["tier"], row["statistic"], row["layer"])
             for row in self._dicts("streams")
         }
-        self._rows = Rows.of(self._tuples(f"{SELECT_ROWS} ORDER BY rowid"))
+        # A page cut in the middle ends in zeros, which SQLite takes for rows of NULLs.
+        self._rows = Rows.of([row for row in self._tuples(f"{SELECT_ROWS} ORDER BY rowid") if None not in row])
         self._found = decode(self._rows, layouts_of(self._tuples("SELECT * FROM layouts ORDER BY rowid")))
 
     def _tuples(self, query: str) -> list[tuple[Any, ...]]:

@@ -192,8 +192,8 @@ _CATALOG = (
         axis="parameter",
         tier="deep",
         unit="ratio",
-        meaning="Data parallelism: largest difference of a checksum of the parameter between two ranks, over the largest "
-        "absolute checksum. 0 where replicas are equal; NaN in a single process.",
+        meaning="Data parallelism: largest difference of the parameter's L2 norm between two ranks, over the largest norm. "
+        "0 where replicas are equal, 1 where only some are finite; NaN in a single process.",
     ),
     # ---- deep tier, per layer -------------------------------------------------------------------------------
     Statistic(

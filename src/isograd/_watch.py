@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -39,22 +40,22 @@ class Shield:
         self.is_down = False
         self._on_failure = on_failure
         self._process = os.getpid()
-        self._is_inside = False
+        self._inside: int | None = None  # the thread that is in our code; devices run backward on threads of their own
 
     def call(self, function: Callable[..., T], *args: Any) -> T | None:
         """`function(*args)`, or None when it failed, now or before."""
         if self.is_down or os.getpid() != self._process:
             return None
-        if self._is_inside:
+        if self._inside == threading.get_ident():
             return function(*args)
-        self._is_inside, start = True, time.perf_counter()
+        self._inside, start = threading.get_ident(), time.perf_counter()
         try:
             return function(*args)
         except Exception as error:
             self._fail(error)
             return None
         finally:
-            self._is_inside = False
+            self._inside = None
             self.seconds += time.perf_counter() - start
 
     def _fail(self, error: Exception) -> None:
@@ -62,7 +63,8 @@ class Shield:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         with contextlib.suppress(Exception):
-            self._on_failure(f"{type(error).__name__}: {error} ({where})")
+            what = " ".join(str(error).split())[:500]
+            self._on_failure(f"{type(error).__name__}: {what} ({where})")
 
 
 class Watch:
@@ -86,6 +88,7 @@ class Watch:
 
         self._shield = Shield(self._detached)
         facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
+        self.reports = facts["rank"] == 0
         self._file = RunFile.create(out, meta=facts, on_failure=_warn, in_memory=facts["rank"] > 0)
         self._options, self._on_step = options or {}, on_step
         self._is_open = True
@@ -98,10 +101,9 @@ class Watch:
             make_schedule=lambda: Schedule(every=every, budget=budget),
             on_step=self._stepped,
             between=between,
-            frame=frame,
         )
         self._started = time.perf_counter()
-        self._shield.call(self._observer.attach)
+        self._shield.call(self._observer.attach, models, optimizers, frame)
 
     # ---- what the run shows -------------------------------------------------------------------------------------
 
@@ -109,6 +111,16 @@ class Watch:
     def path(self) -> Path | None:
         """The run folder; None where the run is kept in memory (ranks other than 0, a folder that cannot be written)."""
         return self._file.path
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the run is kept in memory, not in its folder."""
+        return self._file.is_in_memory
+
+    @property
+    def deep_step(self) -> int | None:
+        """The last step at which the deep tier was read, None before the first."""
+        return self._observer.deep_step
 
     @property
     def overhead(self) -> float:
@@ -143,9 +155,12 @@ class Watch:
         if not self._is_open:
             return
         self._is_open = False
-        self._observer.detach(unfinished=error is not None and not _is_clean_exit(error))
-        if error is not None and not _is_clean_exit(error):
-            self._note_end(error)
+        if error is not None and _is_clean_exit(error):
+            error = None
+        self._observer.detach(error)
+        if error is not None:
+            with contextlib.suppress(Exception):  # an exception of the user's may fail to tell what it is
+                self._note_end(error)
         ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._file.set_meta(**{"state": _state(error), "ended": ended, "steps": self.step, "overhead": self.overhead, **facts})
         self._file.close()
@@ -251,7 +266,7 @@ def _is_clean_exit(error: BaseException) -> bool:
 
 
 def _state(error: BaseException | None) -> str:
-    if error is None or _is_clean_exit(error):
+    if error is None:
         return "finished"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 

@@ -278,7 +278,8 @@ def check_rule(
 
     It must describe itself, stay silent where nothing was measured, judge any history without raising, cite only what
     exists, with evidence beyond its limit, read only what it declares, and give the same answer twice and under other
-    names. On each of `fires` it must find something, and the same when the loss is multiplied by each of `factors` (none for a rule that knows losses by their absolute value); on each of `silent` nothing at warning or above.
+    names. On each of `fires` it must find something, and the same when the loss is multiplied by each of `factors`
+    (none for a rule that knows losses by their absolute value); on each of `silent` nothing at warning or above.
     """
     check_description(rule)
     assert not check_findings(rule, History()), f"{rule.rule_name()} finds something in an empty history"

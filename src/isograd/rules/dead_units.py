@@ -33,7 +33,8 @@ class DeadUnits(Rule):
     Decided by
         most: 0.9 of a layer. Healthy runs on real tasks end with up to 0.4, some with 0.6 of a layer dead.
         readings: 3 in a row, so that a batch that happens to miss a unit does not count.
-        cut: 0.99, all but none alive, is an error where the loss stays as well.
+        cut: 0.99, all but none alive, is an error where the loss stays, or all before the layer gets exactly no
+        gradient.
 
     Stays silent when
         Most activations are zero but few units are dead (a wide layer with a negative bias), or dead units are
@@ -50,7 +51,7 @@ class DeadUnits(Rule):
 
     stage: ClassVar[Stage] = "architecture"
     needs: ClassVar[tuple[str, ...]] = ("dead_fraction",)
-    uses: ClassVar[tuple[str, ...]] = ("loss", "loss_nonfinite")
+    uses: ClassVar[tuple[str, ...]] = ("grad_max", "loss", "loss_nonfinite")
     explains: ClassVar[tuple[str, ...]] = ("no-gradient", "vanishing-gradients", "loss-plateau")
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "replace-activations", "lower-learning-rate")
 
@@ -78,7 +79,7 @@ class DeadUnits(Rule):
         many = f" and {len(dead) - 1} more {'layer' if len(dead) == 2 else 'layers'}" if len(dead) > 1 else ""
         yield self.finding(
             history,
-            level=self._level(history, share),
+            level=self._level(history, share, self._is_cut(history, names)),
             message=f"{100 * share:.0f} % of the units of {names[0]}{many} are dead since step {begun} "
             f"(limit {100 * self.most:.0f} %): zero output and zero slope for every input.",
             first_step=begun,
@@ -100,8 +101,19 @@ class DeadUnits(Rule):
         alive = np.flatnonzero(values < self.most)
         return int(steps[alive[-1] + 1] if len(alive) else steps[0])
 
-    def _level(self, history: History, share: float) -> Level:
+    def _is_cut(self, history: History, names: list[str]) -> bool:
+        """Whether all that stands before the first of the layers receives exactly nothing at the end of the run."""
+        positions = {layer.name: layer.position for layer in history.layers}
+        first = min(positions[name] for name in names)
+        before = [i for i, p in enumerate(history.parameters) if positions.get(p.layer, np.inf) < first]
+        largest = history.series.get("grad_max")
+        return bool(before) and largest is not None and not np.any(largest.values[-self.readings :, before] > 0)
+
+    def _level(self, history: History, share: float, is_cut: bool) -> Level:
         curve = loss_curve(history)
+        solved = curve is not None and curve.share >= 0.95
+        if share >= self.cut and is_cut and not solved:
+            return "error"
         if curve is None or not curve.failed:
             return "info"
         return "error" if share >= self.cut else "warning"

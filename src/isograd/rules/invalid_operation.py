@@ -20,8 +20,9 @@ class InvalidOperation(Rule):
 
     Detects
         The first non-finite value of the run stands in a layer's output or in the loss, not in a weight, an input or
-        a gradient, and nothing had run away before: the last loss and gradient norm lie within `runaway` times their median, and the weights have not grown tenfold since the start. Or, in the first two steps, values whose square exceeds the range of float32 come out of inputs of
-        ordinary size.
+        a gradient, and nothing had run away before: the last loss and gradient norm lie within `runaway` times their
+        median, and the weights have not grown tenfold since the start. Or, in the first two steps, values whose
+        square exceeds the range of float32 come out of inputs of ordinary size.
 
     Why it matters
         log 0, 0/0, an exponential that overflows, a softmax over a row that is masked completely, a mean or a
@@ -81,7 +82,7 @@ class InvalidOperation(Rule):
             yield from self._overflown(history)
 
     def _ran_away(self, history: History, step: int) -> bool:
-        """Whether loss, gradient or weights had left their own range before `step`: values that overflow on their way."""
+        """Whether loss, gradient or weights had left their own range before `step`."""
         loss, gradient = history.series.get("loss"), history.series.get("global_grad_norm")
         grown = any(self._grew(series, step, self.runaway) for series in (loss, gradient) if series is not None)
         weights = history.series.get("weight_norm")

@@ -20,8 +20,8 @@ class LearningRateTooLow(Rule):
     """Updates are so small that the weights cannot go anywhere in the length of the run.
 
     Detects
-        The update/weight ratio of the typical weight tensor stays below `ratio` at all deep readings, its sum over
-        the run is below `travel`, the loss fell by less than a tenth of its start, and gradients are not zero.
+        The update/weight ratio of every weight tensor stays below `ratio` at all deep readings, its sum over the run
+        is below `travel`, the loss fell by less than a tenth of its start, and gradients are not zero.
 
     Why it matters
         The loss falls too slowly to be seen; more steps at this rate would not end in a lifetime.
@@ -31,7 +31,8 @@ class LearningRateTooLow(Rule):
         run are still the initialization. At least `steps` (50) steps.
 
     Stays silent when
-        The rate was larger for a while (warm-up, decay), gradients are exactly zero, or the loss fell.
+        The rate was larger for a while (warm-up, decay), gradients are exactly zero, or the loss fell. Layers that
+        receive no signal move little at any rate: one tensor that moves is enough.
 
     Remedies
         raise-learning-rate, find-learning-rate, change-optimizer
@@ -56,33 +57,39 @@ class LearningRateTooLow(Rule):
             return
         if not -1.0 <= curve.share < 0.1 or not self._has_gradient(history):
             return
-        series = history["update_ratio"]
-        ratios = series.values[:, columns]
-        typical = np.max(np.where(np.isfinite(ratios), ratios, -1.0), axis=1)
-        typical = np.where(typical >= 0, typical, np.nan)
-        known = np.isfinite(typical)
-        if not known.any() or not self._optimizer_is_on(history):
+        steps, largest = self._largest(history, columns)
+        if not len(steps) or not self._optimizer_is_on(history):
             return
-        largest, path = (
-            float(np.max(typical[known])),
-            self._path(series.steps[known], typical[known], history.num_steps),
-        )
+        peak, path = float(largest.max()), self._path(steps, largest, history.num_steps)
         # A rate of exactly zero is a schedule that has ended, not a rate that was chosen too low.
-        if not 0 < largest < self.ratio or path >= self.travel:
+        if not 0 < peak < self.ratio or path >= self.travel:
             return
-        step = int(series.steps[known][int(np.argmax(typical[known]))])
         yield self.finding(
             history,
             level="warning",
-            message=f"The typical weight tensor never changed by more than {largest:.1e} of its size in a step (limit "
+            message=f"No weight tensor ever changed by more than {peak:.1e} of its size in a step (limit "
             f"{self.ratio:g}), {path:.1e} in {history.num_steps} steps together, and the loss went from "
-            f"{curve.start:.4g} to "
-            f"{curve.end:.4g}.",
-            first_step=int(series.steps[known][0]),
+            f"{curve.start:.4g} to {curve.end:.4g}.",
+            first_step=int(steps[0]),
             layers=tuple(history.parameters[index].name for index in columns),
-            evidence=(Evidence(statistic="update_ratio", observed=largest, limit=self.ratio, step=step, below=True),),
+            evidence=(
+                Evidence(
+                    statistic="update_ratio",
+                    observed=peak,
+                    limit=self.ratio,
+                    step=int(steps[np.argmax(largest)]),
+                    below=True,
+                ),
+            ),
             confidence=0.7,
         )
+
+    def _largest(self, history: History, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats]:
+        """(steps, largest ratio of any weight tensor at each), deep readings without one left out."""
+        series = history["update_ratio"]
+        ratios = series.values[:, columns]
+        largest = np.max(np.where(np.isfinite(ratios), ratios, -1.0), axis=1)
+        return series.steps[largest >= 0], largest[largest >= 0]
 
     def _has_gradient(self, history: History) -> bool:
         largest = history.series.get("grad_max")
@@ -94,7 +101,7 @@ class LearningRateTooLow(Rule):
         rates = history.series.get("learning_rate")
         return rates is None or bool(np.nanmin(np.where(np.isfinite(rates.values), rates.values, 1.0), initial=1.0) > 0)
 
-    def _path(self, steps: NDArray[np.int64], typical: Floats, total: int) -> float:
+    def _path(self, steps: NDArray[np.int64], largest: Floats, total: int) -> float:
         """Sum of the ratios over all steps; between deep readings the last one is carried on."""
         spans = np.diff(np.append(steps, total))
-        return float(np.sum(typical * spans))
+        return float(np.sum(largest * spans))

@@ -18,9 +18,10 @@ class LossSpike(Rule):
     """The loss leaves its own recent range upwards and comes back.
 
     Detects
-        z = (log10 loss - median) / (1.48 MAD), of the loss itself where it is not always positive, over the `width` steps before, the tested step and flagged steps left out,
-        above `sigmas`, with a height above the median of at least `height` of the median's own size or of its total
-        fall so far. Consecutive flagged steps are one spike; one that does not end is loss-divergence.
+        z = (log10 loss - median) / (1.48 MAD), of the loss itself where it is not always positive, over the `width`
+        steps before, the tested step and flagged steps left out, above `sigmas`, with a height above the median of at
+        least `height` of the median's own size. Consecutive flagged steps are one spike; one that does not end is
+        loss-divergence.
 
     Why it matters
         A spike is a step that the model did not survive unharmed. One is a curiosity; many announce divergence.

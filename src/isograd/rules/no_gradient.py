@@ -19,9 +19,9 @@ class NoGradient(Rule):
     """Trainable parameters in the optimizer whose gradient is exactly zero, or absent, at every step seen.
 
     Detects
-        max |g| is 0 or no gradient exists, at all steps since the first of `patience`, for a trainable parameter
-        that an optimizer holds. Also a whole model whose gradients have become exactly zero and stay so to the end
-        although the loss has not come down.
+        max |g| is 0 or no gradient exists, at all of `patience` steps or more, for a trainable parameter that an
+        optimizer holds. Also a whole model whose gradients have become exactly zero and stay so to the end although
+        the loss has not come down.
 
     Why it matters
         Exactly zero is not small: no learning rate, no optimizer and no number of steps moves such a parameter. A
@@ -33,7 +33,9 @@ class NoGradient(Rule):
 
     Stays silent when
         The parameter is frozen or in no optimizer, got a gradient at any step (experts idle in a batch; residual
-        branches scaled by a zero that moves at the first step), or the loss fell to where its derivative is zero. A bias that cancels out of the loss (a difference of two outputs of one network) while its weight learns is info, and a layer that was never called is info: the program does not use it.
+        branches scaled by a zero that moves at the first step), or the loss fell to where its derivative is zero. A
+        bias that cancels out of the loss (a difference of two outputs of one network) while its weight learns is
+        info, and a layer that was never called is info: the program does not use it.
 
     Remedies
         reinitialize-layers, remove-output-activation
@@ -44,15 +46,8 @@ class NoGradient(Rule):
     """
 
     stage: ClassVar[Stage] = "symptom"
-    needs: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = (
-        "grad_max",
-        "grad_norm",
-        "grad_nonfinite",
-        "global_grad_norm",
-        "loss",
-        "loss_nonfinite",
-    )
+    needs: ClassVar[tuple[str, ...]] = ("grad_max",)
+    uses: ClassVar[tuple[str, ...]] = ("grad_nonfinite", "loss", "loss_nonfinite")
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "remove-output-activation")
 
     patience: int = 10

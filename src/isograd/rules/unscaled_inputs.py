@@ -21,8 +21,9 @@ class UnscaledInputs(Rule):
 
     Detects
         An input of floating-point numbers whose root mean square is at or above `scale`, or whose columns differ in
-        scale by `columns` or more, together with harm: a loss that is lost, stuck or starts far above where it ends;
-        a first activation that is saturated or dead; or a first layer that takes nearly all of the gradient.
+        scale by `columns` or more, together with harm: a loss that is lost or stuck; outputs that start as large,
+        where targets are not; a first activation that is saturated or dead; or a first layer that takes nearly all of
+        the gradient.
 
     Why it matters
         The curvature with respect to the first layer's weights grows with the square of the inputs, so the largest

@@ -22,12 +22,15 @@ CALLS = 256
 
 @dataclass(slots=True)
 class Call:
-    """Readings of one call, still on the device. `size`: entries of the output. `has_signal`: a gradient arrived."""
+    """Readings of one call, still on the device. `size`: entries of the output. `has_signal`: a gradient arrived.
+    `carried`: it was read in an earlier step, of another subject.
+    """
 
     size: int
     shape: tuple[int, ...] = ()
     readings: dict[str, Tensor] = field(default_factory=dict)
     has_signal: bool = False
+    carried: bool = False
     places: dict[str, int] = field(default_factory=dict)
 
     def put_into(self, row: Row) -> None:
@@ -130,12 +133,21 @@ class OutputHook:
         self._shield, self._read, self._layer = shield, read, layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_transformed():
             return
         self._shield.call(self._read, self._layer, module, args, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _is_transformed() -> bool:
+    """Whether values cannot be read, or reading would be noticed: in `torch.func`, while tracing, under dispatch modes."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def unit_axis(out: Tensor, after: str) -> int:

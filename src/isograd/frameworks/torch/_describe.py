@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -149,6 +150,13 @@ def variable_name(thing: object, frame: FrameType | None) -> str | None:
                     return name
         frame = frame.f_back
     return None
+
+
+def locals_of(error: BaseException) -> Iterator[Tensor]:
+    """The tensors among the local variables where `error` was raised and of the callers, innermost frame first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        yield from (value for value in frame.f_locals.values() if isinstance(value, Tensor))
 
 
 def _name_in(scope: Any, thing: object) -> str | None:

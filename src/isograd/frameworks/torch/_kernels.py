@@ -96,10 +96,15 @@ def parameter_sample(tensor: Tensor) -> Tensor:
 def activation_sample(tensor: Tensor) -> Tensor:
     """A view of at most `ACTIVATION_SAMPLE` entries whose stride shares no factor with the last axis' length."""
     flat = tensor.detach().reshape(-1)
-    stride = -(-flat.numel() // ACTIVATION_SAMPLE)
-    while stride > 1 and math.gcd(stride, tensor.shape[-1]) != 1:
+    return flat[:: _stride(flat.numel(), ACTIVATION_SAMPLE, tensor.shape[-1] if tensor.dim() else 1)]
+
+
+def _stride(count: int, limit: int, period: int) -> int:
+    """The smallest stride that leaves at most `limit` of `count` and visits every place of a cycle of length `period`."""
+    stride = -(-count // limit) if count else 1
+    while stride > 1 and math.gcd(stride, period) != 1:
         stride += 1
-    return flat[::stride]
+    return stride
 
 
 def zero_fraction(sample: Tensor) -> Tensor:
@@ -233,37 +238,35 @@ QUERY_ROWS = 256
 def attention_from_weights(weights: Tensor) -> Tensor:
     """Mean entropy of attention weights [..., queries, keys] over log(keys with weight), in [0, 1]."""
     rows = weights.detach().reshape(-1, weights.shape[-1])
-    return _entropy(rows[:: -(-len(rows) // QUERY_ROWS)].float())
+    return _entropy(rows[:: _stride(len(rows), QUERY_ROWS, weights.shape[-2])].float())
 
 
 def attention_from_operands(
     query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(entropy, largest |logit|) from queries and keys [..., tokens, dim], the last queries of each head first.
+    """(entropy, largest |logit| before any mask is added) from queries and keys [..., tokens, dim].
 
-    Queries are strided so that at most `QUERY_ROWS` rows are formed; under a causal mask query i sees keys 0..i.
+    Queries are strided from the last one so that at most `QUERY_ROWS` rows are formed. `mask`: True for visible keys,
+    or what is added to the logits; under a causal mask query i sees keys 0..i.
     """
-    heads = math.prod(query.shape[:-2])
-    stride = max(1, -(-heads * query.shape[-2] // QUERY_ROWS))
-    chosen = torch.arange(query.shape[-2] - 1, -1, -min(stride, query.shape[-2]), device=query.device)
-    thin = max(1, heads * len(chosen) // QUERY_ROWS)
-    queries = query.detach().reshape(heads, *query.shape[-2:])[::thin][:, chosen].float()
+    tokens, heads = query.shape[-2], math.prod(query.shape[:-2])
+    chosen = torch.arange(tokens - 1, -1, -min(-(-heads * tokens // QUERY_ROWS), tokens), device=query.device)
+    thin = _stride(heads * len(chosen), QUERY_ROWS, query.shape[-3] if query.dim() > 2 else 1)
     if key.shape[:-2] != query.shape[:-2]:  # grouped queries: several heads share one head of keys
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    keys = key.detach().reshape(heads, *key.shape[-2:])[::thin].float()
-    logits = queries @ keys.transpose(-2, -1) * scale
-    visible = torch.ones_like(logits, dtype=torch.bool)
+    queries, keys = (t.detach().reshape(heads, *t.shape[-2:])[::thin] for t in (query, key))
+    with torch.autocast(query.device.type, enabled=False):
+        logits = queries[:, chosen].float() @ keys.float().transpose(-2, -1) * scale
+    visible, bias = torch.ones_like(logits, dtype=torch.bool), torch.zeros(())
     if causal:
         visible &= torch.arange(key.shape[-2], device=key.device) <= chosen[:, None]
-    peak_of = logits
     if mask is not None:
-        every = mask.detach().expand(*query.shape[:-1], key.shape[-2]).reshape(heads, query.shape[-2], key.shape[-2])
-        some = every[::thin][:, chosen]
+        shape = (*query.shape[:-1], key.shape[-2])
+        some = mask.detach().expand(shape).reshape(heads, *shape[-2:])[::thin][:, chosen]
         visible &= some if some.dtype == torch.bool else some > -math.inf
-        logits = logits if some.dtype == torch.bool else logits + some.float()
-    peak = torch.where(visible, peak_of, 0.0).abs().max()
-    weights = torch.softmax(logits.masked_fill(~visible, -math.inf), -1)
-    return _entropy(weights.reshape(-1, weights.shape[-1])), peak
+        bias = bias if some.dtype == torch.bool else some.float()
+    weights = torch.softmax((logits + bias).masked_fill(~visible, -math.inf), -1)
+    return _entropy(weights.reshape(-1, weights.shape[-1])), torch.where(visible, logits, 0.0).abs().max()
 
 
 def _entropy(rows: Tensor) -> Tensor:

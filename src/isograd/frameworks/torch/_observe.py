@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -72,6 +73,8 @@ class Window:
     compiled: bool = False
     graph_read: bool = False
     constant_outputs: set[int] = field(default_factory=set)
+    forwarded: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    handles: list[RemovableHandle] = field(default_factory=list)
     last_kind: str = ""
 
     def absorb(self, later: Window) -> None:
@@ -84,6 +87,11 @@ class Window:
             self.modules.setdefault(module, []).extend(found)
         self.loss_scale = later.loss_scale if self.loss_scale is None else self.loss_scale
         self.compiled |= later.compiled
+
+    def release(self) -> None:
+        """Take hooks off tensors that outlive the step."""
+        for handle in self.handles:
+            handle.remove()
 
 
 @dataclass
@@ -117,10 +125,10 @@ class Observer:
         make_schedule: Callable[[], Schedule] = Schedule,
         on_step: Callable[[str, int, dict[str, float]], None] | None = None,
         between: Callable[[], None] | None = None,
-        frame: FrameType | None = None,
     ) -> None:
         self._recorder, self._shield, self._make_schedule, self._on_step = recorder, shield, make_schedule, on_step
         self._between = between
+        self.deep_step: int | None = None
         self._seen_optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._only = [weakref.ref(optimizer) for optimizer in optimizers]
         self._models = [weakref.ref(model) for model in models]
@@ -131,10 +139,10 @@ class Observer:
         self._known: dict[int, weakref.ref[Tensor]] = {}
         self._loose: dict[int, str] = {}
         self._hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
-        self._window, self._queue, self._ranks = Window(), Queue(), None
+        self._window, self._queue = Window(), Queue()
+        self._ranks: ranks.Ranks | None = None
         self._pending: list[Pending] = []
-        self._stepping: ParameterReading | None = None
-        self._scaled_step = False
+        self._stepping: tuple[Optimizer, ParameterReading] | None = None
         self._backward_depth = 0
         self._foreign_backward = False
         self._backwards = 0
@@ -143,47 +151,59 @@ class Observer:
         self._heads: dict[str, Any] = {}
         self._marks = (time.perf_counter(), shield.seconds)
         self._unmeasured: set[tuple[str, str]] = set()
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    def attach(
+        self, models: Sequence[nn.Module] = (), optimizers: Sequence[Optimizer] = (), frame: FrameType | None = None
+    ) -> None:
+        """Begin to listen. `frame`: where the models' names are looked up."""
         for model in models:
             self._adopt_root(model, describe.variable_name(model, frame) or type(model).__name__.lower())
         for optimizer in optimizers:
             self._seen_optimizers[optimizer] = None
             self._discover(optimizer, frame)
-
-    # ---- life ---------------------------------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Begin to listen."""
         taps.subscribe(self)
-        self._hook_layers(self._places)
 
-    def detach(self, *, unfinished: bool = False) -> None:
+    def detach(self, error: BaseException | None = None) -> None:
         """Write what is pending, put everything back and stop listening; idempotent.
 
-        `unfinished`: something ended the program in the middle of a step, and what was read of that step is kept.
+        `error`: what ended the program in the middle of a step, of which what was read is kept.
         """
         taps.unsubscribe(self)
         self._unhook_layers()
-        if unfinished:
-            self._shield.call(self._keep_unfinished)
+        if error is not None:
+            self._shield.call(self._keep_unfinished, error)
         self._shield.call(self._finish)
 
-    def _keep_unfinished(self) -> None:
-        """The step that an exception cut short, as one that changed no weights."""
+    def _keep_unfinished(self, error: BaseException) -> None:
+        """The step that an exception cut short: what had been read of it, before any weight changed."""
         self._settle()
+        if not self._window.losses and not self._packs_saved:
+            self._find_bad_loss(error)
         optimizer = next((o for o in self._seen_optimizers if self._is_ours(o)), None)
         if optimizer is None or not (self._window.losses or self._window.modules):
             return
         with torch.no_grad():
             reading = ParameterReading(optimizer)
-            if self._window.losses:
-                reading.read_gradients(deep=True)
+            if self._backwards:
+                reading.read_gradients(self._is_deep(optimizer))
             self._window.events.append(("unfinished-step", {}))
-            self._end_step(optimizer, reading, skipped=True)
+            self._end_step(optimizer, reading, skipped=False)
+
+    def _find_bad_loss(self, error: BaseException) -> None:
+        """A program that checks its loss itself never calls `backward` on it: it is still in the frame that raised."""
+        for tensor in describe.locals_of(error):
+            if tensor.grad_fn is not None and tensor.numel() == 1 and not math.isfinite(tensor):
+                self._window.losses.append(tensor.detach().reshape(()).float())
+                self._locate([tensor])
+                return
 
     def release(self) -> None:
         """Stop listening at once without writing, after a failure."""
         taps.unsubscribe(self)
         self._unhook_layers()
+        self._window.release()
         self._window, self._pending = Window(), []
 
     def drain(self) -> None:
@@ -203,9 +223,12 @@ class Observer:
 
     def made_optimizer(self, optimizer: Optimizer) -> None:
         """A new optimizer: find the models that it trains, so that their first forward pass is seen."""
+        self._shield.call(self._note_optimizer, optimizer, _caller())
+
+    def _note_optimizer(self, optimizer: Optimizer, frame: FrameType) -> None:
         self._seen_optimizers[optimizer] = None
         if not self._only and not self._models:
-            self._shield.call(self._discover, optimizer, _caller())
+            self._discover(optimizer, frame)
 
     def _discover(self, optimizer: Optimizer, frame: FrameType | None = None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
@@ -255,17 +278,29 @@ class Observer:
             return
         out = calls.first_tensor(output)
         seen = self._window.modules.get(module)
-        if out is None or (seen is not None and (self._backward_depth or len(seen) >= calls.CALLS)):
-            return  # in backward only a recomputation is left: what was seen is not counted twice
+        if out is None or (seen is not None and len(seen) >= calls.CALLS):
+            return
+        if not self._backward_depth:
+            self._window.forwarded.add(module)
+        elif module in self._window.forwarded:
+            return  # checkpointing runs it again: it has been read
         with torch.no_grad():
             call = self._measure(place, module, args, out)
         self._window.modules.setdefault(module, []).append(call)
         if out.requires_grad:
             if out.grad_fn is not None:
                 out.grad_fn.metadata[trace.PLACE] = place
-            out.register_hook(SignalHook(self._shield, call))
+            handle = out.register_hook(partial(self._shield.call, self._take_signal, call))
+            if out.grad_fn is None:  # a tensor of the user's that outlives the step
+                self._window.handles.append(handle)
         else:
             self._window.constant_outputs.add(out.untyped_storage().data_ptr())
+
+    def _take_signal(self, call: Call, gradient: Any) -> None:
+        """A gradient has come back to a call; not one of something else than the loss (a gradient penalty, an attack)."""
+        if not self._foreign_backward:
+            with torch.no_grad():
+                call.take_signal(gradient[0] if isinstance(gradient, tuple) else gradient)
 
     def _is_evaluation(self, place: trace.Place) -> bool:
         """A pass in evaluation mode of a model that was seen in training mode is not part of a step."""
@@ -318,6 +353,8 @@ class Observer:
         self._foreign_backward = inputs is not None and not any(self._is_known(i) for i in inputs)
         if self._foreign_backward:
             return
+        if self._stepping is not None and self._stepping[1].has_gradients:
+            self._stepping = None  # that step has raised: only one with a closure runs a backward pass
         if self._stepping is None:
             self._settle()
         self._backwards += 1
@@ -355,7 +392,7 @@ class Observer:
         after = operation.owner.kind if operation.owner is not None else ""
         owner = operation.owner.module() if operation.owner is not None else None
         for node, call in trace.read_operation(operation, after):
-            node.register_prehook(SignalHook(self._shield, call))
+            node.register_prehook(partial(self._shield.call, self._take_signal, call))
             self._window.boundaries.append(
                 Boundary(owner, operation.name, operation.kind, "operation", trace.operation_name(node), (), call)
             )
@@ -396,7 +433,7 @@ class Observer:
             self._settle()
 
     def packs_saved_tensors(self) -> None:
-        """Saved tensors are packed somewhere: reading one could run user code."""
+        """Saved tensors are packed somewhere: reading one, in this step or a later one, could run user code."""
         self._packs_saved = True
 
     def clipped(self, norm: Tensor, limit: float) -> None:
@@ -436,18 +473,19 @@ class Observer:
         self._shield.call(self._before_step, optimizer, closure)
 
     def _before_step(self, optimizer: Optimizer, closure: bool) -> None:
-        if not self._is_ours(optimizer) or self._stepping is not None:
-            return
+        if not self._is_ours(optimizer) or (self._stepping is not None and self._stepping[0] is not optimizer):
+            return  # an optimizer that steps inside another one's step is part of that step
         self._seen_optimizers[optimizer] = None
         if any(pending.optimizer is optimizer for pending in self._pending):
             self._settle()
         with torch.no_grad():
             deep = self._is_deep(optimizer)
-            self._stepping = ParameterReading(optimizer)
+            reading = ParameterReading(optimizer)
             if not closure:
-                self._stepping.read_gradients(deep)
+                reading.read_gradients(deep)
             if deep:
-                self._stepping.read_weights()
+                reading.read_weights()
+            self._stepping = optimizer, reading
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
@@ -456,9 +494,9 @@ class Observer:
             self._between()
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        reading, self._stepping = self._stepping, None
-        if reading is None or not self._is_ours(optimizer):
+        if self._stepping is None or self._stepping[0] is not optimizer:
             return
+        (_, reading), self._stepping = self._stepping, None
         with torch.no_grad():
             if not reading.has_gradients:
                 reading.read_gradients(self._is_deep(optimizer))  # a closure computed them inside the step
@@ -486,7 +524,8 @@ class Observer:
         window, self._window = self._window, Window()
         deep = self._is_deep(optimizer)
         self._pending.append(Pending(optimizer, reading, window, deep, skipped, seconds, watched))
-        self._backwards, self._packs_saved = 0, False
+        self._backwards = 0
+        window.release()
         subject = self._subject_of(optimizer)
         if subject is not None and not self._backward_depth and self._is_complete(subject):
             self._settle()
@@ -545,11 +584,11 @@ class Observer:
 
     def _include(self, subject: Subject, optimizer: Optimizer) -> None:
         """Give a subject the models of one more optimizer."""
-        held = _all_parameters(optimizer)
-        roots = [root for root in self._roots_of(held) if root not in subject.roots]
-        several = len(roots) + len(subject.roots) > 1
+        held = [*_all_parameters(optimizer), *subject.held()]
+        roots = self._roots_of(held)
+        several = len({*roots, *subject.roots}) > 1
         for root in roots:
-            subject.roots[root] = prefix = self._roots[root] if several else ""
+            prefix = subject.roots.setdefault(root, self._roots[root] if several else "")
             subject.add_modules(self._own_modules(root, prefix, held))
         subject.add_parameters((self._loose.get(id(p)) or "parameter", "", p) for p in held)
         self._note_unreadable(subject, roots, held)
@@ -559,13 +598,16 @@ class Observer:
         return [root for root in self._roots if any(id(p) in wanted for p in root.parameters())]
 
     def _own_modules(self, root: nn.Module, prefix: str, held: list[Tensor]) -> list[tuple[str, nn.Module]]:
-        """The root's modules without those that only other subjects' optimizers train."""
+        """The root's modules without the parts that only other optimizers train."""
         mine = {id(parameter) for parameter in held}
-        theirs = {id(p) for s in self._subjects for ref in s.optimizers if (o := ref()) for p in _all_parameters(o)}
-        found = []
+        theirs = {id(p) for optimizer in self._seen_optimizers for p in _all_parameters(optimizer)} - mine
+        found, left_out = [], []
         for path, module in describe.walk(root, prefix):
             parameters = {id(parameter) for parameter in module.parameters()}
-            if parameters and not parameters & mine and parameters & theirs:
+            if path.startswith(tuple(left_out)):
+                continue
+            if not parameters & mine and parameters & theirs:
+                left_out.append(f"{path}.")
                 continue
             if module in self._places:
                 self._places[module].name = path or self._roots[root]
@@ -614,6 +656,9 @@ class Observer:
             compiled=window.compiled,
         )
         self._write_events(subject, step, window)
+        if window.graph_read and self._packs_saved:
+            why = "saved tensors are packed (checkpointing, offloading): reading them would run the program's code again"
+            self._cannot(subject, ("attention_entropy", "attention_logit_max"), why)
         self._queue.push(row, lambda arrived: self._write(done, arrived))
         self._queue.drain()
         subject.is_deep = self._schedules[subject.name].is_deep(subject.step)
@@ -626,10 +671,14 @@ class Observer:
         for module, found in window.modules.items():
             column = subject.column_of(module)
             if column is not None:
+                if any(call.has_signal for call in found):  # other outputs were made for another subject's step
+                    found = [call for call in found if call.has_signal or not call.carried]
                 shape = found[0].shape
                 subject.used(column, shape, _units(self._places[module].kind, shape))
                 entries.setdefault(column, []).extend(found)
             elif not any(call.has_signal for call in found):
+                for call in found:
+                    call.carried = True
                 self._window.modules.setdefault(module, [])[:0] = found
         for boundary in window.boundaries:
             if boundary.owner is None or subject.column_of(boundary.owner) is not None:
@@ -685,8 +734,13 @@ class Observer:
         self._recorder.write_row(done.subject.name, done.step, "cheap", cheap)
         if done.is_deep:
             deep |= self._layer_arrays(done, row)
-            self._recorder.write_row(done.subject.name, done.step, "deep", deep)
+            if self._ranks is not None:
+                weights, bad = deep["weight_norm"], deep["weight_nonfinite"]
+                deep["replica_difference"] = ranks.replica_difference(self._ranks, weights, bad)
             self._write_profiles(done, row)
+        if deep:
+            self.deep_step = done.step
+            self._recorder.write_row(done.subject.name, done.step, "deep", deep)
         readings = {"loss": _or_inf(cheap["loss"], cheap["loss_nonfinite"])} if done.losses else {}
         if not math.isnan(cheap["global_grad_norm"]) or np.nansum(cheap["grad_nonfinite"]):
             readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], math.isnan(cheap["global_grad_norm"]))
@@ -715,14 +769,14 @@ class Observer:
             present = norms[~np.isnan(norms)]
             lost = np.nansum(cheap["grad_nonfinite"]) > 0
             norm = math.nan if lost or not len(present) else math.sqrt(np.dot(present, present))
-        factors = [min(1.0, limit / (before + 1e-6)) for before, limit in zip(row[done.clips], done.limits, strict=True)]
-        factor = min((f for f in factors if not math.isnan(f)), default=1.0)
+        clips = [(before, limit) for before, limit in zip(row[done.clips], done.limits, strict=True) if before == before]
+        factors = [min(1.0, limit / (before + 1e-6)) for before, limit in clips]
         return {
             "loss": total / count if count and not bad else math.nan,
             "loss_nonfinite": bad,
             "global_grad_norm": norm,
-            "global_grad_norm_unclipped": norm / factor if factor > 0 else norm,
-            "clip_factor": factor,
+            "global_grad_norm_unclipped": _unclipped(norm, [before for before, _ in clips], factors),
+            "clip_factor": min(factors, default=1.0),
             "micro_batches": float(len(values)),
             "loss_scale": scale,
             "skipped": skipped,
@@ -785,7 +839,7 @@ class _Step:
     def parameter_arrays(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cheap, deep) arrays over the subject's parameters."""
         width = len(self.subject.parameters)
-        names = (*_CHEAP_READINGS, *_DEEP_READINGS) if self.is_deep else _CHEAP_READINGS
+        names = (*_CHEAP_READINGS, *(_DEEP_READINGS if self.is_deep else ("state_nonfinite",)))
         arrays = dict(zip(names, np.full((len(names), width), np.nan), strict=True))
         for pending, columns in zip(self.group, self.columns, strict=True):
             found = pending.reading.read(row)
@@ -794,7 +848,10 @@ class _Step:
             for name, (present, values) in found.items():
                 places = columns if len(present) == len(columns) else [columns[index] for index in present]
                 arrays[name][places] = values if name not in _SCALED else np.divide(values, scale)
-        return _cheap_arrays(arrays), _deep_arrays(arrays) if self.is_deep else {}
+        if self.is_deep:
+            return _cheap_arrays(arrays), _deep_arrays(arrays)
+        state = arrays["state_nonfinite"]  # read at once where a gradient is not finite, whatever the schedule says
+        return _cheap_arrays(arrays), {} if np.isnan(state).all() else {"state_nonfinite": state}
 
 
 _CHEAP_READINGS = ("grad_norm", "grad_max", "grad_nonfinite")
@@ -834,20 +891,6 @@ def _deep_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class SignalHook:
-    """Takes the gradient that reaches one value; as a tensor hook or as a pre-hook of an autograd node."""
-
-    def __init__(self, shield: Shield, call: Call) -> None:
-        self._shield, self._call = shield, call
-
-    def __call__(self, gradient: Any) -> None:
-        self._shield.call(self._take, gradient)
-
-    def _take(self, gradient: Any) -> None:
-        with torch.no_grad():
-            self._call.take_signal(gradient[0] if isinstance(gradient, tuple) else gradient)
-
-
 def _compiled_regions(root: nn.Module) -> Iterable[nn.Module]:
     """Modules that run inside a compiled graph, where hooks are either skipped or would break it."""
     for _, module in root.named_modules():
@@ -879,6 +922,12 @@ def _units(kind: str, shape: tuple[int, ...]) -> int:
     if not shape:
         return 1
     return shape[1] if len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1) else shape[-1]
+
+
+def _unclipped(norm: float, clipped: Sequence[float], factors: Sequence[float]) -> float:
+    """The norm before clipping: every clipped part, of any subset of the gradients, was `before` and is `before * factor`."""
+    lost = [before**2 * (1 - factor**2) if before < 1e150 else math.inf for before, factor in zip(clipped, factors, strict=True)]
+    return math.sqrt(norm**2 + sum(lost))
 
 
 def _or_inf(value: Any, nonfinite: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class ParameterReading:
         present, gradients = self._gradients()
         if not gradients:
             return
-        if gradients[0].device.type == "cpu":
+        if all(gradient.is_cpu for gradient in gradients):
             self._know_gradients(present, gradients)
         else:
             self._tensors["grad_norm"] = present, kernels.norms(gradients)
@@ -51,8 +51,8 @@ class ParameterReading:
             if deep:
                 self._tensors["grad_nonfinite"] = present, [kernels.num_nonfinite(g) for g in gradients]
         if deep:
-            samples = [kernels.zero_fraction(kernels.parameter_sample(g)) for g in gradients]
-            self._tensors["grad_zero_fraction"] = present, samples
+            pairs = zip(present, gradients, strict=True)
+            self._tensors["grad_zero_fraction"] = present, [_zero_fraction(g, self.parameters[i]) for i, g in pairs]
 
     def _gradients(self) -> tuple[list[int], list[Tensor]]:
         present, gradients = [], []
@@ -61,7 +61,7 @@ class ParameterReading:
             if gradient is None or is_sharded(gradient):
                 continue
             if gradient.layout != torch.strided or gradient.is_complex():
-                gradient = kernels.real(gradient)
+                gradient = _values(gradient)
             if gradient.numel():
                 present.append(index)
                 gradients.append(gradient)
@@ -111,7 +111,10 @@ class ParameterReading:
         """Non-finite entries in the optimizer's own tensors; worth the reading only where something is not finite."""
         present, counts = [], []
         for index, parameter in enumerate(self.parameters):
-            tensors = [t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor) and t.numel()]
+            state = optimizer.state.get(parameter, {})
+            held = state.values() if isinstance(state, Mapping) else ()
+            # Counters may live on the CPU while the parameter does not.
+            tensors = [t for t in held if isinstance(t, Tensor) and t.numel() and t.device == parameter.device]
             if tensors and not is_sharded(parameter):
                 present.append(index)
                 counts.append(torch.stack([kernels.num_nonfinite(kernels.real(t)) for t in tensors]).sum())
@@ -126,8 +129,8 @@ class ParameterReading:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether a gradient is known not to be finite; False where only the device knows."""
-        return any(self._known.get("grad_nonfinite", ([], []))[1])
+        """Whether a gradient or a weight may not be finite; on an accelerator, at every deep step."""
+        return any(self._known.get("grad_nonfinite", ([], []))[1]) or bool(self._tensors.get("weight_nonfinite", ([],))[0])
 
     def put_into(self, row: Row) -> None:
         """Move what is still on the device into `row`."""
@@ -138,6 +141,18 @@ class ParameterReading:
     def read(self, row: Row) -> Readings:
         """Everything of this step, once the row has arrived."""
         return self._known | {name: (present, row[places]) for name, (present, places) in self._places.items()}
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """A gradient's entries; one 0 for a sparse gradient that stores none, which is exactly zero."""
+    values = kernels.real(gradient)
+    return values if values.numel() or not gradient.numel() else values.new_zeros(1)
+
+
+def _zero_fraction(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Share of zeros among the parameter's entries: those that a sparse gradient does not store are zero as well."""
+    stored = kernels.zero_fraction(kernels.parameter_sample(gradient))
+    return 1 - (1 - stored) * min(1.0, gradient.numel() / parameter.numel())
 
 
 def _is_ready(parameter: Tensor) -> bool:

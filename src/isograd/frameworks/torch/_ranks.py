@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 
 def rank() -> int:
@@ -50,7 +51,7 @@ class Ranks:
         return -low == high
 
     def _reduce(self, values: Sequence[float], neutral: float, operation: dist.ReduceOp.RedOpType) -> list[float]:
-        local = torch.tensor(list(values), dtype=torch.float64)
+        local = torch.tensor(list(values), dtype=torch.float64, device="cpu")
         present = ~torch.isnan(local)
         packed = torch.where(present, local, torch.full_like(local, neutral))
         counts = present.double()
@@ -87,6 +88,17 @@ def combine(ranks: Ranks, arrays: dict[str, Any]) -> dict[str, Any]:
     combined |= {name: np.asarray(ranks.largest(arrays[name])) for name in _LARGEST}
     combined |= {name: np.asarray(ranks.smallest(arrays[name])) for name in _SMALLEST}
     return combined
+
+
+def replica_difference(ranks: Ranks, norms: NDArray[np.float64], nonfinite: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far apart the ranks' norms of each parameter are, over the largest of them; Inf on one side only counts as 1."""
+    if not ranks.agree(len(norms)):
+        return np.full(len(norms), np.nan)
+    checksums = np.where(nonfinite > 0, np.inf, norms)
+    low, high = np.asarray(ranks.smallest(checksums)), np.asarray(ranks.largest(checksums))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        apart = np.where(np.isinf(high), 1.0, (high - low) / high)
+    return np.where(high == low, 0.0, apart)
 
 
 _SUMMED = ("calls", "output_size", "output_nonfinite", "input_nonfinite", "signal_nonfinite")

@@ -58,7 +58,7 @@ class Row:
 def _to_host(packed: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
     if device.type != "cuda":
         return packed.cpu(), None
-    pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True, device="cpu")
     pinned.copy_(packed, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

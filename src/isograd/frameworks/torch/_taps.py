@@ -8,7 +8,7 @@ nothing here is seen by `torch.compile`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -105,10 +105,11 @@ def _tell_of_step(tell: Callable[[Listener], None]) -> None:
 def _tap_backward(original: Callable[..., None]) -> Callable[..., None]:
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
         _restore_if_unused()
-        listeners = tuple(_listeners)
-        several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        listeners, tensors = tuple(_listeners), _kept(tensors)
+        if kwargs.get("inputs") is not None:
+            kwargs["inputs"] = _kept(kwargs["inputs"])
         for listener in listeners:
-            listener.before_backward(several, None)
+            listener.before_backward(_tensors(tensors), _tensors(kwargs.get("inputs")) or None)
         try:
             original(tensors, *args, **kwargs)
         finally:
@@ -120,11 +121,9 @@ def _tap_backward(original: Callable[..., None]) -> Callable[..., None]:
 
 def _tap_grad(original: Callable[..., Any]) -> Callable[..., Any]:
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        listeners = tuple(_listeners)
-        several = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        wanted = (inputs,) if isinstance(inputs, Tensor) else tuple(i for i in inputs if isinstance(i, Tensor))
+        listeners, outputs, inputs = tuple(_listeners), _kept(outputs), _kept(inputs)
         for listener in listeners:
-            listener.before_backward(several, wanted)
+            listener.before_backward(_tensors(outputs), _tensors(inputs))
         try:
             return original(outputs, inputs, *args, **kwargs)
         finally:
@@ -132,6 +131,18 @@ def _tap_grad(original: Callable[..., Any]) -> Callable[..., Any]:
                 listener.after_backward()
 
     return grad
+
+
+def _kept(values: Any) -> Any:
+    """`values`, or its items where it can be iterated over only once."""
+    return tuple(values) if isinstance(values, Iterator) else values
+
+
+def _tensors(values: Any) -> tuple[Tensor, ...]:
+    """The tensors among one value or several: torch also takes edges of the graph."""
+    if isinstance(values, Tensor):
+        return (values,)
+    return tuple(value for value in values or () if isinstance(value, Tensor))
 
 
 def _tap_clip(original: Callable[..., None]) -> Callable[..., None]:

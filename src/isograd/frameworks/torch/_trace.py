@@ -263,9 +263,9 @@ def _read_attention(node: Any, kind: str, after: str) -> Call | None:
     del kind, after
     weights = saved(node, "result")
     if weights is not None:
-        return _read_softmax(node, weights)
+        return _read_softmax(node, weights) if weights.numel() else None
     query, key = saved(node, "query"), saved(node, "key")
-    if query is None or key is None:
+    if query is None or key is None or not query.numel() or not key.numel():
         return None
     scale = getattr(node, "_saved_scale", None)
     call = Call(size=query.numel())
@@ -286,7 +286,7 @@ def _read_softmax(node: Any, weights: Tensor) -> Call:
     # operands give them exactly, and the factor between product and softmax shows in the weights themselves.
     product = _matrix_product_below(node)
     left, right = (saved(product, "self", "batch1"), saved(product, "mat2", "batch2")) if product is not None else (None, None)
-    if left is not None and right is not None:
+    if left is not None and right is not None and left.numel():
         scale = _scale_between(node, product)
         keys = right.transpose(-2, -1)
         shape = (*left.shape[:-1], keys.shape[-2])

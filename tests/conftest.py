@@ -1,0 +1,28 @@
+"""What every test stands on: one thread, no settings from outside, no deadline on a shared machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch, and for the programs that tests start: two cores are no place for thread pools.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+settings.register_profile("isograd", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("isograd")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    """Tests see no `ISOGRAD_*` and no terminal preferences of whoever runs them."""
+    for name in [name for name in os.environ if name.startswith("ISOGRAD")]:
+        monkeypatch.delenv(name)
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def repository():
+    """The folder that holds pyproject.toml."""
+    return Path(__file__).parents[1]
