@@ -31,6 +31,12 @@ TOLD = Event(
     step=50, kind="nonfinite", data={"place": "operation", "operation": "Log", "reason": "log of 0", "count": 3}
 )
 LARGE = altered(plain_network(), loss=np.full(100, 7e28), grad_norm=np.inf)
+STEEP = altered(
+    plain_network(),
+    loss=1e17,
+    grad_max=lambda v: np.where((STEPS == 0)[:, None] & (np.arange(10) == 2), 3e19, v),
+    grad_norm=lambda v: np.where((STEPS == 0)[:, None] & (np.arange(10) == 2), np.inf, v),
+)
 
 FIRES = {
     # log(softmax(x)) underflows at step 50 and poisons everything
@@ -43,6 +49,8 @@ FIRES = {
     "traced": (replace(broken(weights_since=51), events=(TOLD,)), ("error", 50, None)),
     # exp of an unbounded output: finite, and far beyond what float32 can square
     "overflow": (LARGE, ("error", 0, None)),
+    # the loss can be squared, its gradient cannot
+    "steep": (STEEP, ("error", 0, "linear1.weight")),
 }
 
 STAYS_SILENT = {
@@ -59,6 +67,12 @@ STAYS_SILENT = {
     "exploding": altered(broken(weights_since=51), global_grad_norm=np.where(STEPS == 49, 1e5, 1.0)),
     # weights that an update has thrown away
     "thrown": altered(broken(weights_since=51), weight_norm=lambda v: v * np.where(STEPS >= 50, 30.0, 1.0)[:, None]),
+    # a norm that overflows later, on its way
+    "later overflow": altered(
+        plain_network(),
+        grad_max=lambda v: np.where((STEPS == 5)[:, None], 3e19, v),
+        grad_norm=lambda v: np.where((STEPS == 5)[:, None], np.inf, v),
+    ),
     # a gradient scaler skipped the step
     "scaled": broken(until=51, skipped=STEPS == 50),
 }

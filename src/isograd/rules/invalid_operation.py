@@ -31,7 +31,8 @@ class InvalidOperation(Rule):
     Decided by
         runaway: 1000. A loss that diverges passes through every decade on its way to infinity; an operation that
         is invalid does not announce itself.
-        overflow: 1.8e19, the square root of the largest float32.
+        overflow: 1.8e19, the square root of the largest float32, for a loss; for the entries of a gradient whose norm
+        has overflowed, that over the root of their number.
 
     Stays silent when
         Weights were non-finite before, the gradient broke first (the forward pass is finite and its derivative is
@@ -50,6 +51,8 @@ class InvalidOperation(Rule):
     uses: ClassVar[tuple[str, ...]] = (
         "loss",
         "global_grad_norm",
+        "grad_norm",
+        "grad_max",
         "weight_norm",
         "grad_nonfinite",
         "output_nonfinite",
@@ -131,22 +134,45 @@ class InvalidOperation(Rule):
 
     def _overflown(self, history: History) -> Iterator[Finding]:
         """Finite values of a size that only an exponential or a division can make of ordinary inputs."""
-        curve, series = loss_curve(history), history.series.get("loss")
-        if curve is None or series is None:
+        curve, fed = loss_curve(history), self._largest_input(history)
+        evidence = self._early_loss(history) or self._early_gradient(history)
+        if curve is None or evidence is None or fed >= 1e6:
             return
-        early = series.values[:2][np.isfinite(series.values[:2])]
-        if not len(early) or not np.max(np.abs(early)) >= self.overflow or self._largest_input(history) >= 1e6:
-            return
-        observed, step = float(np.max(np.abs(early))), int(series.steps[0])
+        what = "The loss" if evidence.statistic == "loss" else f"The largest gradient entry of {evidence.layer}"
         yield self.finding(
             history,
             level="error" if curve.failed else "warning",
-            message=f"The loss is {observed:.2g} at the start, from inputs of at most "
-            f"{self._largest_input(history):.3g}: its square is "
-            f"beyond float32 (limit {self.overflow:.2g}), so an exponential or a division has run away.",
-            first_step=step,
-            evidence=(Evidence(statistic="loss", observed=observed, limit=self.overflow, step=step),),
+            message=f"{what} is {evidence.observed:.2g} at step {evidence.step}, from inputs of at most {fed:.3g}: "
+            f"squares leave float32 (limit {evidence.limit:.2g}), so an exponential or a division has run away.",
+            first_step=evidence.step,
+            layers=(evidence.layer,) if evidence.layer else (),
+            evidence=(evidence,),
             confidence=0.8,
+        )
+
+    def _early_loss(self, history: History) -> Evidence | None:
+        values = history.series["loss"].values[:2] if "loss" in history.series else np.empty(0)
+        size = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
+        if size < self.overflow:
+            return None
+        step = int(history.series["loss"].steps[0])
+        return Evidence(statistic="loss", observed=size, limit=self.overflow, step=step)
+
+    def _early_gradient(self, history: History) -> Evidence | None:
+        """A gradient of finite entries in the first two steps whose norm overflows."""
+        norms, entries = history.series.get("grad_norm"), history.series.get("grad_max")
+        if norms is None or entries is None or norms.values.shape != entries.values.shape or not norms.values.size:
+            return None
+        over = np.isposinf(norms.values[:2]) & np.isfinite(entries.values[:2])
+        largest = np.where(over, entries.values[:2], -1.0)
+        row, column = (int(i) for i in np.unravel_index(np.argmax(largest), over.shape))
+        size, parameter = float(entries.values[row, column]), history.parameters[column]
+        # The norm is at most the largest entry times the root of their number.
+        limit = self.overflow / max(1, parameter.size) ** 0.5
+        if not over.any() or size < limit:
+            return None
+        return Evidence(
+            statistic="grad_max", observed=size, limit=limit, step=int(norms.steps[row]), layer=parameter.name
         )
 
     def _largest_input(self, history: History) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -105,7 +106,7 @@ def fans(module: nn.Module) -> tuple[int, int]:
         return 0, 0
     if isinstance(module, nn.Embedding):
         return 1, weight.shape[1]
-    field = weight[0][0].numel()
+    field = math.prod(weight.shape[2:])
     if getattr(module, "transposed", False):
         return weight.shape[0] * field // module.groups, weight.shape[1] * field
     return weight.shape[1] * field, weight.shape[0] * field // int(getattr(module, "groups", 1))
@@ -141,14 +142,18 @@ def roots_holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
 
 
 def variable_name(thing: object, frame: FrameType | None) -> str | None:
-    """The name under which a frame, or one that called it, knows `thing`: a variable, or an attribute of `self`."""
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("torch.", "isograd.")):
-            for scope in (frame.f_locals, getattr(frame.f_locals.get("self"), "__dict__", {}), frame.f_globals):
+    """The name under which a frame, or one that called it, knows `thing`: a variable, or an attribute of `self`.
+
+    The outermost frame counts: it has the script's own name where an inner one has a function's argument.
+    """
+    frames = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
+    for outer in reversed(frames):
+        is_users = not outer.f_globals.get("__name__", "").startswith(("torch.", "isograd."))
+        if is_users and (outer.f_code.co_name == "<module>" or not outer.f_code.co_name.startswith("<")):
+            for scope in (outer.f_locals, getattr(outer.f_locals.get("self"), "__dict__", {}), outer.f_globals):
                 name = _name_in(scope, thing)
                 if name is not None:
                     return name
-        frame = frame.f_back
     return None
 
 

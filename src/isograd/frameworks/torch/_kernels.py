@@ -43,8 +43,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def real(tensor: Tensor) -> Tensor:
     """`tensor` as plain real dense values: complex as pairs, sparse as its coalesced values, exotic dtypes as float32."""
     plain = tensor.detach()
+    if plain.layout == torch.sparse_coo:
+        plain = plain.coalesce()
     if plain.layout != torch.strided:
-        plain = plain.coalesce().values() if plain.layout == torch.sparse_coo else plain.values()
+        plain = plain.values()
     if plain.is_complex():
         plain = torch.view_as_real(plain.resolve_conj())
     return plain if plain.dtype in _REDUCIBLE else plain.dequantize() if plain.is_quantized else plain.float()

@@ -57,7 +57,8 @@ class Boundary:
     type: str
     shape: tuple[int, ...]
     call: Call
-    after: str = ""
+    source: Call | None = None
+    """The call that an input entered."""
 
 
 @dataclass
@@ -171,10 +172,10 @@ class Observer:
         `error`: what ended the program in the middle of a step, of which what was read is kept.
         """
         taps.unsubscribe(self)
-        self._unhook_layers()
         if error is not None:
             self._shield.call(self._keep_unfinished, error)
         self._shield.call(self._finish)
+        self._unhook_layers()
 
     def _keep_unfinished(self, error: BaseException) -> None:
         """The step that an exception cut short: what had been read of it, before any weight changed."""
@@ -186,16 +187,20 @@ class Observer:
             return
         with torch.no_grad():
             reading = ParameterReading(optimizer)
+            deep = self._is_deep(optimizer)
             if self._backwards:
-                reading.read_gradients(self._is_deep(optimizer))
+                reading.read_gradients(deep)
+            if deep:
+                reading.read_weights()
             self._window.events.append(("unfinished-step", {}))
             self._end_step(optimizer, reading, skipped=False)
 
     def _find_bad_loss(self, error: BaseException) -> None:
         """A program that checks its loss itself never calls `backward` on it: it is still in the frame that raised."""
         for tensor in describe.locals_of(error):
-            if tensor.grad_fn is not None and tensor.numel() == 1 and not math.isfinite(tensor):
-                self._window.losses.append(tensor.detach().reshape(()).float())
+            value = tensor.detach()
+            if tensor.grad_fn is not None and value.numel() == 1 and not torch.isfinite(value):
+                self._window.losses.append(value.reshape(()).float())
                 self._locate([tensor])
                 return
 
@@ -294,7 +299,7 @@ class Observer:
             if out.grad_fn is None:  # a tensor of the user's that outlives the step
                 self._window.handles.append(handle)
         else:
-            self._window.constant_outputs.add(out.untyped_storage().data_ptr())
+            self._window.constant_outputs.add(_memory(out))
 
     def _take_signal(self, call: Call, gradient: Any) -> None:
         """A gradient has come back to a call; not one of something else than the loss (a gradient penalty, an attack)."""
@@ -324,19 +329,20 @@ class Observer:
             self._window.last_kind = place.kind
         for index, tensor in enumerate(inputs):
             if calls.is_data(tensor) and tensor.dim() and not self._is_own_output(tensor):
-                self._note_input(module, index, tensor)
+                self._note_input(module, index, tensor, call)
         call.shape = tuple(out.shape)
         return call
 
-    def _note_input(self, module: nn.Module, index: int, tensor: Tensor) -> None:
+    def _note_input(self, module: nn.Module, index: int, tensor: Tensor, call: Call) -> None:
         name = f"input.{index}" if index else "input"
         dtype = str(tensor.dtype).removeprefix("torch.")
         reading = calls.read_values(tensor, boundary=True)
-        self._window.boundaries.append(Boundary(module, name, "input", "input", dtype, tuple(tensor.shape), reading))
+        shape = tuple(tensor.shape)
+        self._window.boundaries.append(Boundary(module, name, "input", "input", dtype, shape, reading, source=call))
 
     def _is_own_output(self, tensor: Tensor) -> bool:
         """Whether the data is what a frozen layer of this step returned, not what came from outside."""
-        return tensor.untyped_storage().data_ptr() in self._window.constant_outputs
+        return _memory(tensor) in self._window.constant_outputs
 
     # ---- backward -------------------------------------------------------------------------------------------------
 
@@ -553,8 +559,11 @@ class Observer:
     def _assign(self, one: Pending, together: list[Pending]) -> Subject:
         subject = self._subject_of(one.optimizer)
         if subject is None:
-            subject = self._subject_sharing(one.optimizer) or self._mate(together) or self._new_subject(one.optimizer)
-            self._include(subject, one.optimizer)
+            mates = self._mates(one, together)
+            known = (self._subject_of(optimizer) for optimizer in mates)
+            subject = self._subject_sharing(one.optimizer) or next((s for s in known if s is not None), None)
+            subject = subject or self._new_subject(one.optimizer)
+            self._include(subject, mates)
         subject.columns(one.optimizer)
         return subject
 
@@ -563,12 +572,11 @@ class Observer:
         held = _all_parameters(optimizer)
         return next((s for s in self._subjects if any(s.holds(p) for p in held)), None)
 
-    def _mate(self, together: list[Pending]) -> Subject | None:
-        """The subject of another optimizer of the same step, unless each had a loss of its own."""
+    def _mates(self, one: Pending, together: list[Pending]) -> list[Optimizer]:
+        """The optimizers of the same step: all that stepped together, unless each had a loss of its own."""
         losses = sum(len(pending.window.losses) for pending in together)
-        if len(together) > 1 and losses == len(together):
-            return None
-        return next((s for pending in together if (s := self._subject_of(pending.optimizer)) is not None), None)
+        separate = len(together) > 1 and losses == len(together)
+        return [one.optimizer] if separate else [pending.optimizer for pending in together]
 
     def _new_subject(self, optimizer: Optimizer) -> Subject:
         self._discover(optimizer)
@@ -582,9 +590,9 @@ class Observer:
             self._ranks, self._queue.lag = ranks.Ranks(), 0 if _is_on_cpu(optimizer) else 2
         return subject
 
-    def _include(self, subject: Subject, optimizer: Optimizer) -> None:
-        """Give a subject the models of one more optimizer."""
-        held = [*_all_parameters(optimizer), *subject.held()]
+    def _include(self, subject: Subject, optimizers: Sequence[Optimizer]) -> None:
+        """Give a subject the models of more optimizers."""
+        held = [*subject.held(), *(p for optimizer in optimizers for p in _all_parameters(optimizer))]
         roots = self._roots_of(held)
         several = len({*roots, *subject.roots}) > 1
         for root in roots:
@@ -666,13 +674,16 @@ class Observer:
 
     def _columns_of_calls(self, subject: Subject, window: Window) -> list[tuple[int, list[Call]]]:
         """The step's calls by column. Calls of other subjects' layers wait for their own step, unless this
-        subject's backward pass has already been through them."""
+        subject's backward pass has already been through them.
+        """
         entries: dict[int, list[Call]] = {}
+        left_out: set[int] = set()
         for module, found in window.modules.items():
             column = subject.column_of(module)
             if column is not None:
                 if any(call.has_signal for call in found):  # other outputs were made for another subject's step
-                    found = [call for call in found if call.has_signal or not call.carried]
+                    left_out |= {id(call) for call in found if call.carried and not call.has_signal}
+                    found = [call for call in found if id(call) not in left_out]
                 shape = found[0].shape
                 subject.used(column, shape, _units(self._places[module].kind, shape))
                 entries.setdefault(column, []).extend(found)
@@ -681,6 +692,8 @@ class Observer:
                     call.carried = True
                 self._window.modules.setdefault(module, [])[:0] = found
         for boundary in window.boundaries:
+            if id(boundary.source) in left_out:
+                continue
             if boundary.owner is None or subject.column_of(boundary.owner) is not None:
                 entries.setdefault(self._column_of_boundary(subject, boundary), []).append(boundary.call)
             elif not boundary.call.has_signal and boundary.owner in self._window.modules:
@@ -922,6 +935,11 @@ def _units(kind: str, shape: tuple[int, ...]) -> int:
     if not shape:
         return 1
     return shape[1] if len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1) else shape[-1]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the tensor's memory is; 0 for layouts without a single block of it."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
 def _unclipped(norm: float, clipped: Sequence[float], factors: Sequence[float]) -> float:

@@ -162,5 +162,5 @@ def _is_ready(parameter: Tensor) -> bool:
 def learning_rate(value: Any) -> float:
     """A learning rate as a float; NaN for one that lives on an accelerator, where reading it would wait."""
     if isinstance(value, Tensor):
-        return float(value) if value.device.type == "cpu" else math.nan
+        return float(value.detach()) if value.device.type == "cpu" else math.nan
     return float(value)

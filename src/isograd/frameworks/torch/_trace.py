@@ -301,7 +301,9 @@ def _scale_between(node: Any, product: Any) -> float:
     node = _below(node)
     while node is not None and node is not product:
         other = getattr(node, "_saved_other", None) if operation_name(node) in ("Div", "Mul") else None
-        number = float(other) if isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.numel() == 1) else None
+        if isinstance(other, Tensor):
+            other = other.detach() if other.numel() == 1 else None
+        number = None if other is None else float(other)
         if number:
             scale = scale / number if operation_name(node) == "Div" else scale * number
         node = _below(node)
