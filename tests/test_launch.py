@@ -134,7 +134,7 @@ def test_finds_what_trains(tmp_path: Path) -> None:
 
 
 def test_ends_after_steps(tmp_path: Path) -> None:
-    """`--steps N` ends the run after exactly N optimizer steps, with status 0, `finally` blocks and exit handlers run."""
+    """`--steps N` ends the run after exactly N optimizer steps, status 0, `finally` and exit handlers run."""
     script(tmp_path, "import atexit\natexit.register(print, 'bye')\n" + TRAIN.format(steps=1000))
 
     for steps in (1, 7):
@@ -155,9 +155,18 @@ def test_exception_keeps_what_was_seen(tmp_path: Path) -> None:
 
 def test_interrupt_keeps_what_was_seen(tmp_path: Path) -> None:
     """Ctrl-C ends the script with status 130; what was seen is kept and diagnosed, and the state says interrupted."""
-    script(tmp_path, TRAIN.format(steps=10**9).replace("    optimizer.step()", "    optimizer.step()\n    if step == 20: print('on', flush=True)"))
+    script(
+        tmp_path,
+        TRAIN.format(steps=10**9).replace(
+            "    optimizer.step()", "    optimizer.step()\n    if step == 20: print('on', flush=True)"
+        ),
+    )
     with subprocess.Popen(
-        [sys.executable, "-m", "isograd", "run", "train.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "isograd", "run", "train.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "on\n"
         process.send_signal(signal.SIGINT)
@@ -172,9 +181,18 @@ def test_interrupt_keeps_what_was_seen(tmp_path: Path) -> None:
 
 def test_killed_process_leaves_a_readable_run(tmp_path: Path) -> None:
     """After `kill -9` the run is there up to at most 2 s before, and is listed as stopped."""
-    script(tmp_path, TRAIN.format(steps=10**9).replace("    optimizer.step()", "    optimizer.step()\n    if step == 20: print('on', flush=True)"))
+    script(
+        tmp_path,
+        TRAIN.format(steps=10**9).replace(
+            "    optimizer.step()", "    optimizer.step()\n    if step == 20: print('on', flush=True)"
+        ),
+    )
     with subprocess.Popen(
-        [sys.executable, "-m", "isograd", "run", "train.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "isograd", "run", "train.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "on\n"
         time.sleep(2.5)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -232,6 +231,7 @@ def test_every_kind_of_loop(name: str, loop: Callable[..., None], tmp_path: Path
 
 def test_line_search(tmp_path: Path) -> None:
     """LBFGS, which evaluates its closure several times a step, ends in the same bits."""
+
     def make(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
 
@@ -372,6 +372,14 @@ def _assert_as_one_process(seen: dict[str, Any], folder: Path) -> None:
     columns = [seen["names"].index(layer.name) for layer in single.layers]
     for name in ("loss", "global_grad_norm", "grad_norm", "weight_norm", "update_ratio"):
         np.testing.assert_allclose(seen["readings"][name], single[name].values, rtol=2e-4, err_msg=name)
-    for name in ("output_rms", "output_mean", "output_max", "signal_norm", "signal_max", "saturation", "activation_slope"):
+    for name in (
+        "output_rms",
+        "output_mean",
+        "output_max",
+        "signal_norm",
+        "signal_max",
+        "saturation",
+        "activation_slope",
+    ):
         ours = seen["readings"][name][:, columns]
         np.testing.assert_allclose(ours, single[name].values, rtol=2e-4, atol=1e-7, err_msg=name)

@@ -80,9 +80,12 @@ def launch(
     NumPy and the framework first. Returns the script's own exit status, 1 after an uncaught exception (whose traceback
     is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
     """
+    program = None
     if module:
         sys.path[0] = os.getcwd()
-    program = _find_module(args[0]) if module else _load_script(args[0])
+        _check_module(args[0])
+    else:
+        program = _load_script(args[0])
     process = os.getpid()
     plan = _Plan(
         script=args[0] if module else Path(args[0]).name,
@@ -280,22 +283,24 @@ class _Spawned:
 
 
 def _watch_spawned(plan: _Plan) -> None:
-    import torch.multiprocessing as multiprocessing
+    from torch import multiprocessing
 
-    spawning = sys.modules["torch.multiprocessing.spawn"]
+    # `torch.multiprocessing.spawn` is a function; the module of that name is where it looks up `start_processes`.
+    spawning: Any = sys.modules["torch.multiprocessing.spawn"]
     original = spawning.start_processes
 
     def start_processes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(fn if isinstance(fn, _Spawned) else _Spawned(fn, plan), *args, **kwargs)
 
-    spawning.start_processes = start_processes
-    multiprocessing.start_processes = start_processes
+    namespaces: tuple[Any, ...] = (spawning, multiprocessing)
+    for namespace in namespaces:
+        namespace.start_processes = start_processes
 
 
 # ---- running as Python does ---------------------------------------------------------------------------------------
 
 
-def _find_module(name: str) -> None:
+def _check_module(name: str) -> None:
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:

@@ -19,6 +19,7 @@ from isograd._diagnose import Cause, Diagnosis
 from isograd._history import History
 from isograd._rule import LEVELS, Evidence, Finding
 from isograd._runs import RunSummary
+from isograd._schedule import ALLOWANCE
 from isograd._terminal import is_plain, said
 from isograd.rules import RULES
 
@@ -63,7 +64,7 @@ class Verdict:
 
     def _headline(self) -> Text:
         seen = f"{self.diagnosis.steps} steps of {_listed(self.diagnosis.subjects, 4)}"
-        overhead = "" if self.diagnosis.overhead is None else f" Watch overhead {_percent(self.diagnosis.overhead)}."
+        overhead = self._overhead()
         if self.diagnosis.healthy:
             looked = len(RULES) - len({u.rule for u in self.diagnosis.unmeasured})
             found = f"{looked} rules looked at {seen} and found no fault."
@@ -75,6 +76,18 @@ class Verdict:
         return Text.assemble(
             "isograd: ", ("not healthy", style), f", {counted}", (causes[0].name, style), f".{overhead}"
         )
+
+    def _overhead(self) -> str:
+        share = self.diagnosis.overhead
+        if share is None:
+            return ""
+        spent = [np.nansum(h["watch_seconds"].values) for h in self.histories if "watch_seconds" in h]
+        seconds = float(sum(spent))
+        # Of a short run the share says little: what it may cost once is an allowance in seconds.
+        if spent and share > 0.01 and seconds <= ALLOWANCE:
+            free = f"the first {ALLOWANCE:.0f} s are free"
+            return f" Watch overhead {max(seconds, 0.1):.1f} s ({_percent(share)}; {free})."
+        return f" Watch overhead {_percent(share)}."
 
     def _loss(self, history: History, plain: bool) -> Iterator[Text]:
         if "loss" not in history:

@@ -18,8 +18,8 @@ from isograd._diagnose import Diagnosis, diagnose
 from isograd._errors import RunNotFound
 from isograd._history import Event, History
 from isograd._record import RunFile
-from isograd._runs import Run
 from isograd._rule import Options
+from isograd._runs import Run
 from isograd._schedule import Schedule
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Shield:
     """Runs isograd's code inside the user's program: times it, and lets nothing out.
 
-    The first exception switches it off for good, tells `on_failure` one sentence, and training goes on. Code in a forked
-    child (a data-loading worker) is not ours to watch and is left alone.
+    The first exception switches it off for good, tells `on_failure` one sentence, and training goes on. Code in a
+    forked child (a data-loading worker) is not ours to watch and is left alone.
     """
 
     def __init__(self, on_failure: Callable[[str], None]) -> None:
@@ -109,7 +109,7 @@ class Watch:
 
     @property
     def path(self) -> Path | None:
-        """The run folder; None where the run is kept in memory (ranks other than 0, a folder that cannot be written)."""
+        """The run folder; None where there is none (ranks other than 0, a folder that could not be made)."""
         return self._file.path
 
     @property
@@ -147,7 +147,9 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(error)
 
     def close(self, error: BaseException | None = None, **facts: Any) -> None:
@@ -162,7 +164,9 @@ class Watch:
             with contextlib.suppress(Exception):  # an exception of the user's may fail to tell what it is
                 self._note_end(error)
         ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._file.set_meta(**{"state": _state(error), "ended": ended, "steps": self.step, "overhead": self.overhead, **facts})
+        self._file.set_meta(
+            **{"state": _state(error), "ended": ended, "steps": self.step, "overhead": self.overhead, **facts}
+        )
         self._file.close()
 
     def discard(self) -> None:
@@ -274,6 +278,3 @@ def _state(error: BaseException | None) -> str:
 def _warn(sentence: str) -> None:
     with contextlib.suppress(Exception):
         print(f"isograd: {sentence}", file=sys.stderr)
-
-
-
