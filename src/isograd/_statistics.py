@@ -129,6 +129,8 @@ _CATALOG = (
         unit="loss / weight",
         meaning="Largest absolute gradient entry. Exactly 0 means an exactly zero gradient, also where the L2 norm "
         "underflows (entries below 1e-23 in float32).",
+        error="on CPU, beyond 16384 entries: the largest of 64 evenly spaced runs of 256, a lower bound; exact where the "
+        "norm is 0 or not finite, and on accelerators",
     ),
     Statistic(
         name="grad_nonfinite",
@@ -145,7 +147,8 @@ _CATALOG = (
         tier="deep",
         unit="fraction",
         meaning="Share of gradient entries that are exactly zero.",
-        error="strided sample of at most 16384 entries: standard error <= 0.004",
+        error="64 evenly spaced runs of 256 entries: standard error <= 0.004 where neighbors are independent, "
+        "<= 0.06 where runs are all alike",
     ),
     Statistic(
         name="weight_norm",
@@ -175,7 +178,7 @@ _CATALOG = (
         tier="deep",
         unit="weight",
         meaning="L2 norm of the change that the step made to the parameter.",
-        error="strided sample of at most 16384 entries, scaled by sqrt(numel / sampled): relative standard error "
+        error="64 evenly spaced runs of 256 entries, scaled by sqrt(numel / sampled): relative standard error "
         "about sqrt(kurtosis / 4 / 16384), 1 % for Gaussian updates; exact for smaller tensors",
     ),
     Statistic(
@@ -209,8 +212,8 @@ _CATALOG = (
         tier="deep",
         unit="activation",
         meaning="Mean of the layer's output over all calls of the step.",
-        error="modules and operations: strided sample of at most 16384 entries a call, standard error std / 128; "
-        "exact for inputs, predictions and targets",
+        error="modules and operations: 64 evenly spaced runs of 256 entries a call, standard error std / 128; "
+        "exact for inputs, predictions and targets up to 262144 entries",
     ),
     Statistic(
         name="output_min",
@@ -234,7 +237,8 @@ _CATALOG = (
         tier="deep",
         unit="fraction",
         meaning="Share of output entries that are exactly zero.",
-        error="strided sample of at most 16384 entries a call: standard error <= 0.004",
+        error="64 evenly spaced runs of 256 entries a call: standard error <= 0.004 where neighbors are independent, "
+        "<= 0.06 where runs are all alike",
     ),
     Statistic(
         name="output_nonfinite",
@@ -273,7 +277,7 @@ _CATALOG = (
         meaning="Activation layers: share of units (features or channels) whose slope is zero for every input of the "
         "step. A unit is one index of the feature axis.",
         error="all inputs up to 262144 entries a call, beyond that strided rows: a unit active on a share p of the rows "
-        "is missed with probability (1 - p)^rows",
+        "is missed with probability (1 - p)^rows; of several calls the smallest share, an upper bound",
     ),
     Statistic(
         name="saturation",
@@ -282,7 +286,8 @@ _CATALOG = (
         unit="fraction",
         meaning="Bounded activations (sigmoid, tanh, hardtanh, softsign): share of entries whose slope is below 5 % of "
         "the activation's largest slope (sigmoid outside [.0127, .9873], |tanh| > .975).",
-        error="strided sample of at most 16384 entries a call: standard error <= 0.004",
+        error="64 evenly spaced runs of 256 entries a call: standard error <= 0.004 where neighbors are independent, "
+        "<= 0.06 where runs are all alike",
     ),
     Statistic(
         name="activation_slope",
@@ -291,7 +296,7 @@ _CATALOG = (
         unit="ratio",
         meaning="Activation layers: sqrt(mean of the squared derivative), the activation's share of the per-layer "
         "gradient factor sqrt(sigma_w^2 E[phi'^2]) of mean-field theory (Schoenholz et al. 2017).",
-        error="strided sample of at most 16384 entries a call",
+        error="64 evenly spaced runs of 256 entries a call",
     ),
     Statistic(
         name="signal_norm",
@@ -307,7 +312,7 @@ _CATALOG = (
         tier="deep",
         unit="loss / activation",
         meaning="Largest absolute entry of the gradient with respect to the layer's output.",
-        error="strided sample of at most 16384 entries a call: a lower bound; exact where signal_norm is 0 or overflows",
+        error="64 evenly spaced runs of 256 entries a call: a lower bound; exact where signal_norm is 0 or overflows",
     ),
     Statistic(
         name="signal_nonfinite",
@@ -354,7 +359,7 @@ _CATALOG = (
         tier="deep",
         unit="fraction",
         meaning="Mean over sampled queries and heads of -sum(A log A) / log(keys attended to): 1 is uniform, 0 is one key.",
-        error="at most 256 query rows a call",
+        error="at most 256 query rows, of 8 heads, a call",
     ),
     Statistic(
         name="attention_logit_max",
@@ -362,7 +367,7 @@ _CATALOG = (
         tier="deep",
         unit="logit",
         meaning="Largest |q k / sqrt(d)| among the sampled queries (Wortsman et al. 2023: runs diverged above 1e4).",
-        error="at most 256 query rows a call: a lower bound",
+        error="at most 256 query rows, of 8 heads, a call: a lower bound",
     ),
     # ---- deep tier, a profile over calls ----------------------------------------------------------------------
     Statistic(

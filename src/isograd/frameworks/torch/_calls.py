@@ -44,6 +44,12 @@ class Call:
         place = self.places.get(name)
         return math.nan if place is None else row[range(place, place + 1)][0]
 
+    def stand_for(self, size: int) -> None:
+        """Let readings of a sample stand for `size` entries."""
+        if "norm" in self.readings:
+            self.readings["norm"] = self.readings["norm"] * math.sqrt(size / self.size)
+        self.size = size
+
     def take_signal(self, gradient: Tensor | None) -> None:
         """Read the gradient with respect to the output; a second one adds to it (weight sharing, retained graphs)."""
         if gradient is None or not gradient.numel():
@@ -69,23 +75,25 @@ def is_suspicious(reading: Tensor) -> bool:
 
 
 def read_values(values: Tensor, *, boundary: bool = False, rows: bool = False) -> Call:
-    """The statistics of a value as such. `boundary`: every entry counts, also spread and column scales.
-    `rows`: also sums over rows."""
+    """The statistics of a value as such. `boundary`: every entry counts (up to `kernels.UNIT_ENTRIES`), also spread and
+    column scales. `rows`: also sums over rows.
+    """
     plain = kernels.real(values)
     call = Call(size=plain.numel())
     if not call.size:
         return call
     norm = kernels.norm(plain)
-    sample = plain if boundary or not plain.dim() else kernels.activation_sample(plain)
+    whole = not plain.dim() or (boundary and call.size <= kernels.UNIT_ENTRIES)
+    sample = plain if whole else kernels.activation_sample(plain)
     mean, low, high = kernels.spread(sample)
     call.readings.update({"norm": norm, "mean": mean, "low": low, "high": high})
     if is_suspicious(norm):
         call.readings["nonfinite"] = kernels.num_nonfinite(plain)
     if not plain.is_floating_point() or not plain.dim():
         return call
-    call.readings["zero"] = kernels.zero_fraction(kernels.activation_sample(plain))
+    call.readings["zero"] = kernels.zero_fraction(sample)
     if boundary and plain.numel() > 1:
-        call.readings["std"] = plain.to(kernels.wide(plain.dtype)).std(correction=0).float()
+        call.readings["std"] = sample.to(kernels.wide(plain.dtype)).std(correction=0).float()
     if boundary and plain.dim() == 2 and plain.shape[1] > 1:
         call.readings["columns"] = kernels.column_scale_ratio(plain)
     if rows and plain.dim() >= 2:
@@ -93,7 +101,9 @@ def read_values(values: Tensor, *, boundary: bool = False, rows: bool = False) -
     return call
 
 
-def read_activation(call: Call, kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: dict[str, float]) -> None:
+def read_activation(
+    call: Call, kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: dict[str, float]
+) -> None:
     """Add how an activation works: dead units, saturation, slope."""
     if not out.numel() or not out.is_floating_point():
         return
@@ -142,7 +152,7 @@ class OutputHook:
 
 
 def _is_transformed() -> bool:
-    """Whether values cannot be read, or reading would be noticed: in `torch.func`, while tracing, under dispatch modes."""
+    """Whether values cannot be read, or reading is noticed: in `torch.func`, while tracing, under dispatch modes."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
@@ -162,7 +172,7 @@ def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
         return [call.value(name, row) for call in calls]
 
     size = sum(call.size for call in calls)
-    bad = _total(of("nonfinite"))
+    bad, read_inputs = _total(of("nonfinite")), any("inputs" in call.places for call in calls)
     found = {
         "calls": float(len(calls)),
         "output_size": float(size),
@@ -173,7 +183,7 @@ def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
         "output_max": math.nan if bad else _extreme(max, of("high")),
         "output_std": math.nan if bad else _weighted(of("std"), calls),
         "output_zero_fraction": _weighted(of("zero"), calls),
-        "input_nonfinite": _total(of("inputs")) if any("inputs" in c.places for c in calls) else (math.nan if bad else 0.0),
+        "input_nonfinite": _total(of("inputs")) if read_inputs or not bad else math.nan,
         "dead_fraction": _extreme(min, of("dead")),
         "saturation": _weighted(of("saturation"), calls),
         "activation_slope": math.sqrt(_weighted(_squares(of("slope")), calls)),

@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from isograd._history import Layer, Parameter
 
@@ -65,7 +66,7 @@ def is_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
 
 
-def is_wrapper(module: nn.Module) -> bool:
+def is_wrapper(module: nn.Module) -> TypeGuard[nn.parallel.DistributedDataParallel | nn.DataParallel[nn.Module]]:
     """Whether the module only wraps another one under the name `module` (data parallelism)."""
     return isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
 
@@ -102,23 +103,23 @@ def fans(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.modules.rnn.RNNCellBase):
         return module.input_size, module.hidden_size
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.dim() < 2:
         return 0, 0
     if isinstance(module, nn.Embedding):
         return 1, weight.shape[1]
     field = math.prod(weight.shape[2:])
+    groups = int(getattr(module, "groups", 1))
     if getattr(module, "transposed", False):
-        return weight.shape[0] * field // module.groups, weight.shape[1] * field
-    return weight.shape[1] * field, weight.shape[0] * field // int(getattr(module, "groups", 1))
+        return weight.shape[0] * field // groups, weight.shape[1] * field
+    return weight.shape[1] * field, weight.shape[0] * field // groups
 
 
 def parameter_of(name: str, layer: str, tensor: Tensor, group: int) -> Parameter:
     """The description of a parameter tensor; `group` is -1 when no optimizer holds it."""
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
     return Parameter(
         name=name,
         layer=layer,
-        shape=() if lazy else tuple(tensor.shape),
+        shape=() if is_lazy(tensor) else tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         trainable=tensor.requires_grad,
         optimized=group >= 0,

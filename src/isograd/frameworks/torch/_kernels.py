@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ PARAMETER_SAMPLE = 16384
 """Entries of a parameter that estimates look at: 64 evenly spaced runs of 256, so that few cache lines are touched."""
 
 ACTIVATION_SAMPLE = 16384
-"""Entries of an activation that estimates look at: single entries at a stride coprime to the feature axis. Small enough
-to stay on one thread, which on a busy machine is worth more than the second core."""
+"""Entries of an activation that estimates look at. Small enough for torch to stay on one thread (its grain is 32768
+entries): for so little work, waking others costs more than it gives."""
 
 UNIT_ENTRIES = 1 << 18
 """Largest activation whose every row is examined for dead units; larger ones are strided along the batch."""
@@ -30,7 +31,8 @@ _RUNS, _RUN = 64, PARAMETER_SAMPLE // 64
 
 
 _REDUCIBLE = frozenset(
-    {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+    {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 )
 """Dtypes that torch can reduce everywhere: not bool, 8-bit floats and wide unsigned integers."""
 
@@ -41,7 +43,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """`tensor` as plain real dense values: complex as pairs, sparse as its coalesced values, exotic dtypes as float32."""
+    """`tensor` as plain real dense values: complex as pairs, sparse as its coalesced values, odd dtypes as float32."""
     plain = tensor.detach()
     if plain.layout == torch.sparse_coo:
         plain = plain.coalesce()
@@ -58,7 +60,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         return []
     if any(t.dtype == torch.float64 for t in tensors):
         return [torch.linalg.vector_norm(t, 2, dtype=wide(t.dtype)).float() for t in tensors]
-    return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    return list(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
 
 
 def extremes(tensors: Sequence[Tensor]) -> list[float]:
@@ -78,7 +80,7 @@ def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
         return []
     if tensors[0].device.type == "cpu":
         return [torch.maximum(high, low.neg()).float() for low, high in map(torch.aminmax, tensors)]
-    return [peak.float() for peak in torch._foreach_norm(tensors, math.inf)]
+    return [peak.float() for peak in torch._foreach_norm(list(tensors), math.inf)]
 
 
 def num_nonfinite(tensor: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def num_nonfinite(tensor: Tensor) -> Tensor:
 
 
 def parameter_sample(tensor: Tensor) -> Tensor:
-    """A view (a copy when not contiguous) of at most `PARAMETER_SAMPLE` entries in evenly spaced runs, flattened shape."""
+    """A view (a copy when not contiguous) of at most `PARAMETER_SAMPLE` entries in evenly spaced runs."""
     flat = tensor.detach().reshape(-1)
     if flat.numel() <= PARAMETER_SAMPLE:
         return flat
@@ -96,13 +98,34 @@ def parameter_sample(tensor: Tensor) -> Tensor:
 
 
 def activation_sample(tensor: Tensor) -> Tensor:
-    """A view of at most `ACTIVATION_SAMPLE` entries whose stride shares no factor with the last axis' length."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: _stride(flat.numel(), ACTIVATION_SAMPLE, tensor.shape[-1] if tensor.dim() else 1)]
+    """A contiguous copy of at most `ACTIVATION_SAMPLE` entries: `_RUNS` runs in the order of memory, or all of them.
+
+    Runs touch few cache lines; each begins where the one before it ended in the innermost axis, so that together they
+    visit every feature.
+    """
+    ordered = in_memory_order(tensor.detach())
+    flat = ordered.reshape(-1)
+    if flat.numel() <= ACTIVATION_SAMPLE:
+        return flat
+    run = ACTIVATION_SAMPLE // _RUNS
+    spacing, features = (flat.numel() - run) // (_RUNS - 1), ordered.shape[-1]
+    if run < features <= spacing - run:
+        spacing = (spacing - run) // features * features + run
+    elif run < features <= spacing:  # rows too close for that: begin each run a little before the one of the row above
+        spacing = features - -(-(features - run) // (_RUNS - 1))
+    step = flat.stride(0)
+    return flat.as_strided((_RUNS, run), (spacing * step, step), flat.storage_offset()).reshape(-1)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """A view whose axes are ordered so that a transposed tensor can be flattened without a copy."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
 
 
 def _stride(count: int, limit: int, period: int) -> int:
-    """The smallest stride that leaves at most `limit` of `count` and visits every place of a cycle of length `period`."""
+    """The smallest stride that leaves at most `limit` of `count` and shares no factor with `period`."""
     stride = -(-count // limit) if count else 1
     while stride > 1 and math.gcd(stride, period) != 1:
         stride += 1
@@ -136,9 +159,10 @@ def dead_units(active: Tensor, axis: int) -> Tensor:
 
 
 def row_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest sum over the last axis, over at most `ROWS` strided rows."""
+    """Smallest and largest sum over the last axis, over at most `ROWS` strided rows (fewer where they are long)."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
-    low, high = torch.aminmax(rows[:: -(-len(rows) // ROWS)].float().sum(-1))
+    limit = min(ROWS, max(4, ACTIVATION_SAMPLE // tensor.shape[-1]))
+    low, high = torch.aminmax(rows[:: -(-len(rows) // limit)].float().sum(-1))
     return low, high
 
 
@@ -216,14 +240,17 @@ def active(kind: str, out: Tensor, parameters: dict[str, float]) -> Tensor | Non
     return None
 
 
-def activation(kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: dict[str, float]) -> list[Tensor | None]:
+def activation(
+    kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: dict[str, float]
+) -> list[Tensor | None]:
     """[dead-unit fraction, saturation, RMS slope] of one call of an activation; None where a notion does not apply."""
     rows = out.detach()
     if rows.numel() > UNIT_ENTRIES and rows.shape[0] > 1 and axis % rows.dim() != 0:
         rows = rows[:: -(-rows.numel() // UNIT_ENTRIES)]
     alive = active(kind, rows, parameters)
     sampled = activation_sample(out)
-    at = activation_sample(x) if x is not None and x.shape == out.shape else None
+    # Both samples must meet the same entries, which they do where both lie in memory alike.
+    at = activation_sample(x) if x is not None and (x.shape, x.stride()) == (out.shape, out.stride()) else None
     steep = slope(kind, sampled.float(), None if at is None else at.float(), parameters)
     if steep is None:
         return [None if alive is None else dead_units(alive, axis), None, None]
@@ -235,6 +262,9 @@ def activation(kind: str, out: Tensor, x: Tensor | None, axis: int, parameters: 
 
 QUERY_ROWS = 256
 """Query rows (over batch and heads) that attention statistics look at."""
+
+HEADS = 8
+"""Heads (over the batch) that those rows are taken from, as many different ones as there are."""
 
 
 def attention_from_weights(weights: Tensor) -> Tensor:
@@ -251,20 +281,22 @@ def attention_from_operands(
     Queries are strided from the last one so that at most `QUERY_ROWS` rows are formed. `mask`: True for visible keys,
     or what is added to the logits; under a causal mask query i sees keys 0..i.
     """
-    tokens, heads = query.shape[-2], math.prod(query.shape[:-2])
-    chosen = torch.arange(tokens - 1, -1, -min(-(-heads * tokens // QUERY_ROWS), tokens), device=query.device)
-    thin = _stride(heads * len(chosen), QUERY_ROWS, query.shape[-3] if query.dim() > 2 else 1)
-    if key.shape[:-2] != query.shape[:-2]:  # grouped queries: several heads share one head of keys
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    queries, keys = (t.detach().reshape(heads, *t.shape[-2:])[::thin] for t in (query, key))
+    tokens, heads = query.shape[-2], list(np.ndindex(*query.shape[:-2]))
+    heads = heads[:: _stride(len(heads), HEADS, query.shape[-3] if query.dim() > 2 else 1)]
+    group = query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1  # heads that share one head of keys
+    shared = [(*head[:-1], head[-1] // group) for head in heads] if group > 1 else heads
+    limit = min(QUERY_ROWS, max(8, ACTIVATION_SAMPLE // key.shape[-2]))
+    chosen = torch.arange(tokens - 1, -1, -min(-(-len(heads) * tokens // limit), tokens), device=query.device)
+    queries = torch.stack([query.detach()[head][chosen] for head in heads]).float()
+    keys = torch.stack([key.detach()[head] for head in shared]).float()
     with torch.autocast(query.device.type, enabled=False):
-        logits = queries[:, chosen].float() @ keys.float().transpose(-2, -1) * scale
+        logits = queries @ keys.transpose(-2, -1) * scale
     visible, bias = torch.ones_like(logits, dtype=torch.bool), torch.zeros(())
     if causal:
         visible &= torch.arange(key.shape[-2], device=key.device) <= chosen[:, None]
     if mask is not None:
-        shape = (*query.shape[:-1], key.shape[-2])
-        some = mask.detach().expand(shape).reshape(heads, *shape[-2:])[::thin][:, chosen]
+        whole = mask.detach().expand((*query.shape[:-1], key.shape[-2]))
+        some = torch.stack([whole[head][chosen] for head in heads])
         visible &= some if some.dtype == torch.bool else some > -math.inf
         bias = bias if some.dtype == torch.bool else some.float()
     weights = torch.softmax((logits + bias).masked_fill(~visible, -math.inf), -1)

@@ -32,6 +32,7 @@ from isograd._statistics import STATISTICS
 from isograd.frameworks import Recorder, Shield
 from isograd.frameworks.torch import _calls as calls
 from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch import _kernels as kernels
 from isograd.frameworks.torch import _ranks as ranks
 from isograd.frameworks.torch import _taps as taps
 from isograd.frameworks.torch import _trace as trace
@@ -152,6 +153,7 @@ class Observer:
         self._heads: dict[str, Any] = {}
         self._marks = (time.perf_counter(), shield.seconds)
         self._unmeasured: set[tuple[str, str]] = set()
+        self._read: set[str] = set()  # subjects of which a module was read
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -293,10 +295,12 @@ class Observer:
             call = self._measure(place, module, args, out)
         self._window.modules.setdefault(module, []).append(call)
         if out.requires_grad:
-            if out.grad_fn is not None:
-                out.grad_fn.metadata[trace.PLACE] = place
-            handle = out.register_hook(partial(self._shield.call, self._take_signal, call))
-            if out.grad_fn is None:  # a tensor of the user's that outlives the step
+            node: Any = out.grad_fn
+            if node is not None:
+                node.metadata[trace.PLACE] = place
+            hooks: Any = out
+            handle = hooks.register_hook(partial(self._shield.call, self._take_signal, call))
+            if node is None:  # a tensor of the user's that outlives the step
                 self._window.handles.append(handle)
         else:
             self._window.constant_outputs.add(_memory(out))
@@ -386,7 +390,7 @@ class Observer:
         self._window.graph_read = True
         found = trace.read_graph(loss)
         self._window.compiled |= found.compiled
-        facts: dict[str, Any] = {"operations": found.head, "nodes": found.num_nodes}
+        facts: dict[str, Any] = {**trace.head_facts(found), "nodes": found.num_nodes}
         if not self._packs_saved:
             for operation in found.operations.values():
                 self._read_operation(operation)
@@ -425,8 +429,9 @@ class Observer:
         for tensor in tensors:
             bad = trace.first_bad_operation(tensor)
             if bad is not None:
-                facts = {"place": bad.place, "operation": bad.operation, "reason": bad.reason}
-                self._window.events.append(("nonfinite", {**facts, "count": bad.count, "size": bad.size, "leaf": bad.owner}))
+                facts: dict[str, Any] = {"place": bad.place, "operation": bad.operation, "reason": bad.reason}
+                facts |= {"count": bad.count, "size": bad.size, "leaf": bad.owner}
+                self._window.events.append(("nonfinite", facts))
                 return
 
     def after_backward(self) -> None:
@@ -609,7 +614,8 @@ class Observer:
         """The root's modules without the parts that only other optimizers train."""
         mine = {id(parameter) for parameter in held}
         theirs = {id(p) for optimizer in self._seen_optimizers for p in _all_parameters(optimizer)} - mine
-        found, left_out = [], []
+        found: list[tuple[str, nn.Module]] = []
+        left_out: list[str] = []
         for path, module in describe.walk(root, prefix):
             parameters = {id(parameter) for parameter in module.parameters()}
             if path.startswith(tuple(left_out)):
@@ -629,7 +635,8 @@ class Observer:
             self._cannot(subject, _MODULE_STATISTICS, "the model is compiled: no values can be read inside")
         if any(map(describe.is_sharded, held)):
             names = [s.name for s in STATISTICS.values() if s.axis == "parameter"]
-            self._cannot(subject, (*names, "global_grad_norm"), "parameters are sharded over ranks, which is not supported yet")
+            why = "parameters are sharded over ranks, which is not supported yet"
+            self._cannot(subject, (*names, "global_grad_norm"), why)
 
     def _cannot(self, subject: Subject, statistics: Iterable[str], why: str) -> None:
         for statistic in statistics:
@@ -665,7 +672,7 @@ class Observer:
         )
         self._write_events(subject, step, window)
         if window.graph_read and self._packs_saved:
-            why = "saved tensors are packed (checkpointing, offloading): reading them would run the program's code again"
+            why = "saved tensors are packed (checkpointing, offloading): reading them could run the program's code again"
             self._cannot(subject, ("attention_entropy", "attention_logit_max"), why)
         self._queue.push(row, lambda arrived: self._write(done, arrived))
         self._queue.drain()
@@ -683,10 +690,9 @@ class Observer:
             if column is not None:
                 if any(call.has_signal for call in found):  # other outputs were made for another subject's step
                     left_out |= {id(call) for call in found if call.carried and not call.has_signal}
-                    found = [call for call in found if id(call) not in left_out]
                 shape = found[0].shape
                 subject.used(column, shape, _units(self._places[module].kind, shape))
-                entries.setdefault(column, []).extend(found)
+                entries.setdefault(column, []).extend(call for call in found if id(call) not in left_out)
             elif not any(call.has_signal for call in found):
                 for call in found:
                     call.carried = True
@@ -770,7 +776,8 @@ class Observer:
         finite = [value / scale for value in values if math.isfinite(value)]
         skipped = float(any(done.skipped(row)))
         if skipped:
-            self._recorder.write_event(done.subject.name, Event(step=done.step, kind="step-skipped", data={"loss_scale": scale}))
+            event = Event(step=done.step, kind="step-skipped", data={"loss_scale": scale})
+            self._recorder.write_event(done.subject.name, event)
         numbers = [sum(finite), len(finite), len(values) - len(finite), done.seconds, done.watch_seconds]
         if self._ranks is not None:
             numbers = self._ranks.total(numbers)
@@ -782,13 +789,13 @@ class Observer:
             present = norms[~np.isnan(norms)]
             lost = np.nansum(cheap["grad_nonfinite"]) > 0
             norm = math.nan if lost or not len(present) else math.sqrt(np.dot(present, present))
-        clips = [(before, limit) for before, limit in zip(row[done.clips], done.limits, strict=True) if before == before]
-        factors = [min(1.0, limit / (before + 1e-6)) for before, limit in clips]
+        clips = [(n, limit) for n, limit in zip(row[done.clips], done.limits, strict=True) if not math.isnan(n)]
+        factors = [min(1.0, limit / (n + 1e-6)) for n, limit in clips]
         return {
             "loss": total / count if count and not bad else math.nan,
             "loss_nonfinite": bad,
             "global_grad_norm": norm,
-            "global_grad_norm_unclipped": _unclipped(norm, [before for before, _ in clips], factors),
+            "global_grad_norm_unclipped": _unclipped(norm, [n for n, _ in clips], factors),
             "clip_factor": min(factors, default=1.0),
             "micro_batches": float(len(values)),
             "loss_scale": scale,
@@ -809,7 +816,9 @@ class Observer:
                 self._cannot(done.subject, _LAYER_STATISTICS, "the ranks do not run the same layers")
                 return {}
             arrays = ranks.combine(self._ranks, arrays)
-        if not any(done.subject.layers[column].module is not None for column, _ in done.calls):
+        if any(done.subject.layers[column].module is not None for column, _ in done.calls):
+            self._read.add(done.subject.name)
+        elif done.losses and done.subject.name not in self._read:
             why = "the model is compiled: no values can be read inside" if done.compiled else "no layer was called as a module"
             self._cannot(done.subject, _MODULE_STATISTICS, why)
         return arrays
@@ -914,7 +923,7 @@ def _compiled_regions(root: nn.Module) -> Iterable[nn.Module]:
 
 
 def _nonfinite_inputs(inputs: Sequence[Tensor]) -> Tensor:
-    counts = [calls.kernels.num_nonfinite(calls.kernels.real(t)) for t in inputs if t.is_floating_point() and t.numel()]
+    counts = [kernels.num_nonfinite(kernels.real(t)) for t in inputs if t.is_floating_point() and t.numel()]
     return torch.stack(counts).sum() if counts else torch.zeros(())
 
 
@@ -934,7 +943,8 @@ def _unique(name: str, taken: set[str]) -> str:
 def _units(kind: str, shape: tuple[int, ...]) -> int:
     if not shape:
         return 1
-    return shape[1] if len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1) else shape[-1]
+    has_channels = len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1)
+    return shape[1] if has_channels else shape[-1]
 
 
 def _memory(tensor: Tensor) -> int:
@@ -943,9 +953,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _unclipped(norm: float, clipped: Sequence[float], factors: Sequence[float]) -> float:
-    """The norm before clipping: every clipped part, of any subset of the gradients, was `before` and is `before * factor`."""
-    lost = [before**2 * (1 - factor**2) if before < 1e150 else math.inf for before, factor in zip(clipped, factors, strict=True)]
-    return math.sqrt(norm**2 + sum(lost))
+    """The norm before clipping: each part of the gradients that was clipped had a norm n, and has n times a factor."""
+    lost = [n * n * (1 - factor * factor) for n, factor in zip(clipped, factors, strict=True)]
+    return math.sqrt(norm * norm + sum(lost))
 
 
 def _or_inf(value: Any, nonfinite: float) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from isograd.frameworks.torch import _kernels as kernels
@@ -69,12 +70,14 @@ class ParameterReading:
 
     def _know_gradients(self, present: list[int], gradients: Sequence[Tensor]) -> None:
         """On CPU a suspicious gradient can be looked at again at once, while it is still there."""
-        peaks = kernels.extremes(gradients)
+        lengths = torch.stack(kernels.norms(gradients)).tolist()
+        peaks = kernels.extremes([kernels.parameter_sample(gradient) for gradient in gradients])
         bad = [0.0] * len(present)
-        for i, peak in enumerate(peaks):
-            if not math.isfinite(peak):
+        for i, length in enumerate(lengths):
+            if not length or not math.isfinite(length):
                 bad[i] = float(kernels.num_nonfinite(gradients[i]))
-        self._known["grad_norm"] = present, torch.stack(kernels.norms(gradients)).tolist()
+                peaks[i] = kernels.extremes([gradients[i]])[0]
+        self._known["grad_norm"] = present, lengths
         self._known["grad_max"] = present, peaks
         self._known["grad_nonfinite"] = present, bad
 
@@ -130,7 +133,8 @@ class ParameterReading:
     @property
     def is_suspicious(self) -> bool:
         """Whether a gradient or a weight may not be finite; on an accelerator, at every deep step."""
-        return any(self._known.get("grad_nonfinite", ([], []))[1]) or bool(self._tensors.get("weight_nonfinite", ([],))[0])
+        suspects, _ = self._tensors.get("weight_nonfinite", ([], []))
+        return bool(suspects) or any(self._known.get("grad_nonfinite", ([], []))[1])
 
     def put_into(self, row: Row) -> None:
         """Move what is still on the device into `row`."""
@@ -156,7 +160,7 @@ def _zero_fraction(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _is_ready(parameter: Tensor) -> bool:
-    return not isinstance(parameter, nn.parameter.UninitializedTensorMixin) and parameter.numel() > 0
+    return not is_lazy(parameter) and parameter.numel() > 0
 
 
 def learning_rate(value: Any) -> float:

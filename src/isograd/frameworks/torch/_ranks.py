@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 
 def rank() -> int:
@@ -73,7 +73,8 @@ def combine(ranks: Ranks, arrays: dict[str, Any]) -> dict[str, Any]:
     weight = np.asarray(sums["output_size"])
 
     def averaged(values: Any) -> Any:
-        return np.asarray(ranks.total(values * sizes)) / np.asarray(ranks.total(np.where(np.isnan(values), np.nan, sizes)))
+        weights = np.where(np.isnan(values), np.nan, sizes).tolist()
+        return np.asarray(ranks.total(values * sizes)) / np.asarray(ranks.total(weights))
 
     combined: dict[str, Any] = {name: np.asarray(values) for name, values in sums.items()}
     combined["calls"] = combined["calls"] / ranks.size
@@ -90,12 +91,12 @@ def combine(ranks: Ranks, arrays: dict[str, Any]) -> dict[str, Any]:
     return combined
 
 
-def replica_difference(ranks: Ranks, norms: NDArray[np.float64], nonfinite: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far apart the ranks' norms of each parameter are, over the largest of them; Inf on one side only counts as 1."""
+def replica_difference(ranks: Ranks, norms: Floats, nonfinite: Floats) -> Floats:
+    """How far apart the ranks' norms of each parameter are, over the largest one; 1 where only some are finite."""
     if not ranks.agree(len(norms)):
         return np.full(len(norms), np.nan)
     checksums = np.where(nonfinite > 0, np.inf, norms)
-    low, high = np.asarray(ranks.smallest(checksums)), np.asarray(ranks.largest(checksums))
+    low, high = (np.asarray(found) for found in (ranks.smallest(checksums.tolist()), ranks.largest(checksums.tolist())))
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = np.where(np.isinf(high), 1.0, (high - low) / high)
     return np.where(high == low, 0.0, apart)

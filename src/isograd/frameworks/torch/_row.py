@@ -43,7 +43,7 @@ class Row:
 
     def is_ready(self) -> bool:
         """Whether `receive` would not wait."""
-        return all(event is None or event.query() for _, _, event in self._copies)
+        return all(event is None or bool(event.query()) for _, _, event in self._copies)
 
     def receive(self) -> None:
         """Wait for the copy, if it is still under way, and make the floats available."""

@@ -98,7 +98,7 @@ class Subject:
     def add_parameters(self, named: Iterable[tuple[str, str, Tensor]]) -> None:
         """Give (name, layer, tensor)s a column each, unless they have one; names are made unique."""
         taken = {parameter.name for parameter in self.parameters}
-        fresh = []
+        fresh: list[Parameter] = []
         for name, layer, tensor in named:
             if self.holds(tensor):
                 continue
@@ -119,7 +119,8 @@ class Subject:
 
     def add_modules(self, named: Iterable[tuple[str, nn.Module]]) -> None:
         """Give every layer among the modules a column and every parameter of any of them one, too."""
-        entries, parameters = [], []
+        entries: list[LayerEntry] = []
+        parameters: list[tuple[str, str, Tensor]] = []
         for path, module in named:
             name = path or self.name
             if describe.is_layer(module) and module not in self._module_columns:
@@ -199,5 +200,5 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _hyperparameters(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    plain.update({k: list(v) for k, v in group.items() if isinstance(v, tuple) and all(isinstance(x, float) for x in v)})
-    return {"optimizer": type(optimizer).__name__, "size": len(group["params"]), **plain}
+    pairs = {k: [*v] for k, v in group.items() if isinstance(v, tuple) and all(isinstance(x, float) for x in v)}
+    return {"optimizer": type(optimizer).__name__, "size": len(group["params"]), **plain, **pairs}

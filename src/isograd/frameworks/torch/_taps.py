@@ -1,8 +1,8 @@
 """Where isograd listens to PyTorch: the process-wide functions that every training loop goes through.
 
-Each is replaced while at least one listener is subscribed and put back afterwards. A replacement calls the original with
-the same arguments and returns what it returned; it never computes anything itself. Nothing here is a module hook, so
-nothing here is seen by `torch.compile`.
+Each is replaced while at least one listener is subscribed and put back afterwards. A replacement calls the original
+with the same arguments and returns what it returned; it never computes anything itself. Nothing here is a module hook,
+so nothing here is seen by `torch.compile`.
 """
 
 from __future__ import annotations

@@ -72,13 +72,13 @@ class Operation:
 
 @dataclass
 class Trace:
-    """What one walk found. `head`: operation names from the loss down to the first layer. `compiled`: a compiled
-    region hides what is behind it. `reached`: ids of the leaf tensors that the loss depends on."""
+    """What one walk found. `head`: operations from the loss down to the first layer. `compiled`: a compiled
+    region hides what is behind it. `reached`: the leaf tensors that the loss depends on, by id."""
 
-    head: list[str] = field(default_factory=list)
+    head: list[Any] = field(default_factory=list)
     operations: dict[tuple[int, str], Operation] = field(default_factory=dict)
     losses: list[Any] = field(default_factory=list)
-    reached: set[int] = field(default_factory=set)
+    reached: dict[int, Tensor] = field(default_factory=dict)
     compiled: bool = False
     num_nodes: int = 0
 
@@ -117,7 +117,7 @@ def read_graph(loss: Tensor) -> Trace:
         inside[node] = (place if place.kind in COMPOSITE else None) if place else inside.get(parent)
         name = operation_name(node)
         if name == "AccumulateGrad":
-            trace.reached.add(id(node.variable))
+            trace.reached[id(node.variable)] = node.variable
         elif name == "CompiledFunction":
             trace.compiled = True
         elif name in LOSS_NODES:
@@ -157,7 +157,8 @@ def _below(node: Any) -> Any:
 
 
 _BETWEEN_PRODUCT_AND_SOFTMAX = frozenset(
-    {"Div", "Mul", "MaskedFill", "Add", "Where", "View", "UnsafeView", "Reshape", "Clone", "Sub", "ToCopy"}
+    {"Div", "Mul", "MaskedFill", "Add", "Where", "Sub", "Clone", "ToCopy"}
+    | {"View", "UnsafeView", "Reshape", "Permute", "Transpose", "Squeeze", "Unsqueeze"}
 )
 
 
@@ -187,15 +188,35 @@ def _upstream(node: Any) -> Place | None:
     return None
 
 
-def _head(node: Any) -> list[str]:
-    names = []
-    while node is not None and len(names) < 16:
-        names.append(operation_name(node))
+def _head(node: Any) -> list[Any]:
+    nodes: list[Any] = []
+    while node is not None and len(nodes) < 16:
+        nodes.append(node)
         place = place_of(node)
-        if names[-1] == "AccumulateGrad" or (place is not None and place.kind in ("linear", "conv", "other")):
+        if operation_name(node) == "AccumulateGrad" or (place is not None and place.kind in ("linear", "conv", "other")):
             break
         node = _below(node)
-    return names
+    return nodes
+
+
+def head_facts(trace: Trace) -> dict[str, Any]:
+    """The head in plain values: names, shapes of the results, and over how many entries each softmax goes."""
+    names, shapes = [operation_name(node) for node in trace.head], [_result_shape(node) for node in trace.head]
+    rows = zip(trace.head, names, shapes, strict=True)
+    sizes = [shape[node._saved_dim - _WRAP * (node._saved_dim >= _WRAP // 2)] for node, name, shape in rows
+             if name in ("Softmax", "LogSoftmax") and shape]  # fmt: skip
+    return {"operations": names, "shapes": shapes, "softmax_sizes": sizes}
+
+
+_WRAP = 2**64
+"""A negative dimension is saved as an unsigned number."""
+
+
+def _result_shape(node: Any) -> list[int]:
+    if operation_name(node) == "AccumulateGrad":
+        return list(node.variable.shape)
+    metadata = getattr(node, "_input_metadata", ())
+    return [int(size) for size in metadata[0].shape] if metadata else []
 
 
 # ---- reading saved tensors -----------------------------------------------------------------------------------
@@ -225,12 +246,18 @@ def read_operation(operation: Operation, after: str) -> list[tuple[Any, Call]]:
 def _read_activation(node: Any, kind: str, after: str) -> Call | None:
     result, x = saved(node, "result"), saved(node, "self")
     parameters = _constants(node, kind)
-    if result is None and x is not None:
-        result = _apply(kind, x.detach(), parameters)
-    if result is None:
+    if result is not None:
+        call = read_values(result)
+        read_activation(call, kind, result, x, unit_axis(result, after), parameters)
+        return call
+    if x is None:
         return None
+    # Only the input was saved: applying the activation to a sample of it tells as much. Dead units need whole rows.
+    some = x.detach() if kind == "hardtanh" else kernels.activation_sample(x)
+    result = _apply(kind, some, parameters)
     call = read_values(result)
-    read_activation(call, kind, result, x, unit_axis(result, after), parameters)
+    call.stand_for(x.numel())
+    read_activation(call, kind, result, some, unit_axis(result, after), parameters)
     return call
 
 
@@ -285,7 +312,8 @@ def _read_softmax(node: Any, weights: Tensor) -> Call:
     # The largest weight of a row against its smallest visible one bounds the logits only from below; the product's
     # operands give them exactly, and the factor between product and softmax shows in the weights themselves.
     product = _matrix_product_below(node)
-    left, right = (saved(product, "self", "batch1"), saved(product, "mat2", "batch2")) if product is not None else (None, None)
+    left = None if product is None else saved(product, "self", "batch1")
+    right = None if product is None else saved(product, "mat2", "batch2")
     if left is not None and right is not None and left.numel():
         scale = _scale_between(node, product)
         keys = right.transpose(-2, -1)

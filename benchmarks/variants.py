@@ -1,0 +1,75 @@
+"""The ways to watch a program. Each attaches itself to a program and yields what its users add to the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from workloads import Calls, Program
+
+Variant = Callable[[Program, Path], AbstractContextManager[Calls]]
+
+
+@contextmanager
+def unwatched(_program: Program, _folder: Path) -> Iterator[Calls]:
+    """Nothing at all."""
+    yield Calls()
+
+
+@contextmanager
+def isograd_default(program: Program, folder: Path) -> Iterator[Calls]:
+    """isograd as it comes: the cheap tier at every step, the deep tier on its schedule, budget 1 %."""
+    import isograd
+
+    with isograd.watch(program.model, program.optimizer, out=folder):
+        yield Calls()
+
+
+@contextmanager
+def isograd_everything(program: Program, folder: Path) -> Iterator[Calls]:
+    """Every statistic of both tiers at every step."""
+    import isograd
+
+    with isograd.watch(program.model, program.optimizer, out=folder, every=1, budget=math.inf):
+        yield Calls()
+
+
+@contextmanager
+def wandb_watch(program: Program, folder: Path) -> Iterator[Calls]:
+    """Histograms of all gradients and weights at every step, committed by the log call that a loop has anyway."""
+    import wandb
+
+    folder.mkdir(parents=True)
+    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
+    with wandb.init(mode="offline", dir=folder, project="bench", settings=settings) as run:
+        run.watch(program.model, log="all", log_freq=1)
+        yield Calls(after_step=lambda: run.log({}))
+        run.unwatch(program.model)
+
+
+@contextmanager
+def tensorboard_histograms(program: Program, folder: Path) -> Iterator[Calls]:
+    """`SummaryWriter.add_histogram` of every weight and every gradient at every step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    step = 0
+
+    def write() -> None:
+        nonlocal step
+        for name, parameter in program.model.named_parameters():
+            writer.add_histogram(f"weights/{name}", parameter, step)
+            writer.add_histogram(f"gradients/{name}", parameter.grad, step)
+        step += 1
+
+    with SummaryWriter(folder) as writer:
+        yield Calls(before_update=write)
+
+
+@contextmanager
+def lightning_grad_norm(program: Program, _folder: Path) -> Iterator[Calls]:
+    """`grad_norm` of Lightning in `on_before_optimizer_step`, its values read as a logger reads them."""
+    from lightning.pytorch.utilities import grad_norm
+
+    yield Calls(before_update=lambda: [float(norm) for norm in grad_norm(program.model, norm_type=2).values()] and None)
