@@ -108,6 +108,8 @@ def measure_tensors(folder: Path, scale: float) -> list[dict[str, Any]]:
 
 def measure_size(folder: Path, scale: float) -> list[dict[str, Any]]:
     """Bytes of the run folder per 1,000 steps of a model with the modules and tensors of the GPT, each narrow."""
+    # Bytes do not depend on threads, and tensors this small only make threads wait for each other.
+    torch.set_num_threads(1)
     rows = []
     steps = max(20, round(1000 * scale))
     for name, variant in (("default", variants.isograd_default), ("everything", variants.isograd_everything)):
@@ -334,8 +336,10 @@ def main() -> None:
     path = args.out / "results.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures["machine"] = machine()
+    threads = torch.get_num_threads()
     for name in chosen:
         start = time.perf_counter()
+        torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory() as folder:
             figures[name] = SECTIONS[name](Path(folder), args.scale)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -78,7 +78,7 @@ class Clock:
 
 
 def train(clock, **options):
-    """Every entry point once a step: a new optimizer, clipping, a step that the scaler leaves out, one that it does not."""
+    """Every entry point at every step: a new optimizer, clipping, a step that a scaler leaves out, one it does not."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -151,7 +151,7 @@ def cases():
 
 @pytest.mark.parametrize("point, step", list(cases()))
 def test_an_error_inside_detaches_and_training_goes_on(point, step, tmp_path, monkeypatch, fail, capfd):
-    """One line on stderr, the same bits as unwatched, a run that closes and can be diagnosed, and later watches work."""
+    """One line on stderr, the same bits as unwatched, no hook left, and a run that closes and can be diagnosed."""
     clock = Clock()
     unwatched = outcome(*train(clock)[:2])
     with monkeypatch.context():
@@ -162,7 +162,9 @@ def test_an_error_inside_detaches_and_training_goes_on(point, step, tmp_path, mo
     lines = capfd.readouterr().err.splitlines()
 
     assert len(raised) == 1
-    assert [True] == [line.startswith("isograd: ") and "RuntimeError: broken over several lines" in line for line in lines]
+    assert [True] == [
+        line.startswith("isograd: ") and "RuntimeError: broken over several lines" in line for line in lines
+    ]
     assert same(unwatched, watched)
     assert not any(module._forward_hooks for module in model.modules())
     assert run.diagnose().steps <= 3 * STEPS
@@ -236,8 +238,8 @@ def test_ctrl_c_inside_is_the_users(tmp_path, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monkeypatch.setattr(Observer, "_before_step", interrupted)
     run = isograd.watch(model, optimizer, out=tmp_path)
+    model(torch.randn(2, 6)).sum().backward()
     with pytest.raises(KeyboardInterrupt), run:
-        model(torch.randn(2, 6)).sum().backward()
         optimizer.step()
 
     assert "interrupted" == run.run().meta["state"]

@@ -1,11 +1,11 @@
 """Exceptions that a caller might want to catch. Everything else is `ValueError` (the user's mistake) or a bug.
 
-    IsogradError
-    ├── RunNotFound        a path is not a run folder, or there is no run yet
-    ├── RunUnreadable      the run file exists and cannot be understood
-    ├── UnhealthyRun       a diagnosis has a cause at or above the level that was asked for
-    ├── UnknownName        no symptom, cause, remedy or statistic has that name
-    └── ScriptError        the script to be run does not exist or cannot be compiled
+IsogradError
+├── RunNotFound        a path is not a run folder, or there is no run yet
+├── RunUnreadable      the run file exists and cannot be understood
+├── UnhealthyRun       a diagnosis has a cause at or above the level that was asked for
+├── UnknownName        no symptom, cause, remedy or statistic has that name
+└── ScriptError        the script to be run does not exist or cannot be compiled
 """
 
 from __future__ import annotations

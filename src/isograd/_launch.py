@@ -165,9 +165,11 @@ class _Session:
     def _start(self) -> None:
         from isograd._progress import Progress
         from isograd._watch import Watch
-        from isograd.frameworks.torch import rank
+        from isograd.frameworks.torch import rank, seed_generators, wrap_spawned
 
-        _seed(self._plan.seed)
+        plan = self._plan
+        if plan.seed is not None:
+            seed_generators(plan.seed)
         self._watch = Watch(
             (),
             (),
@@ -183,7 +185,7 @@ class _Session:
             on_step=self._stepped,
             between=self._end_if_over,
         )
-        _watch_spawned(self._plan)
+        wrap_spawned(lambda function: function if isinstance(function, _Spawned) else _Spawned(function, plan))
         if rank() == 0 and not self._plan.rank:
             self._progress = Progress(total=self._plan.steps)
             self._progress.start()
@@ -216,19 +218,6 @@ class _Session:
         if self._watch.is_in_memory:
             return self._watch.run() if self._watch.reports else None, self._watch.step
         return self._watch.path, self._watch.step
-
-
-def _seed(seed: int | None) -> None:
-    if seed is None:
-        return
-    import random
-
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
@@ -280,21 +269,6 @@ class _Spawned:
             if index == 0 and isinstance(path, Path) and num_steps and self.plan.found is not None:
                 with contextlib.suppress(OSError), self.plan.found.open("a", encoding="utf-8") as notes:
                     notes.write(f"{path.absolute()}\n")
-
-
-def _watch_spawned(plan: _Plan) -> None:
-    from torch import multiprocessing
-
-    # `torch.multiprocessing.spawn` is a function; the module of that name is where it looks up `start_processes`.
-    spawning: Any = sys.modules["torch.multiprocessing.spawn"]
-    original = spawning.start_processes
-
-    def start_processes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return original(fn if isinstance(fn, _Spawned) else _Spawned(fn, plan), *args, **kwargs)
-
-    namespaces: tuple[Any, ...] = (spawning, multiprocessing)
-    for namespace in namespaces:
-        namespace.start_processes = start_processes
 
 
 # ---- running as Python does ---------------------------------------------------------------------------------------

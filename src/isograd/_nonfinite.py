@@ -142,6 +142,24 @@ def last_bad_step(history: History) -> int:
     return int(steps[-1]) if len(steps) else -1
 
 
+def ran_away(history: History, step: int, factor: float) -> bool:
+    """Whether loss or gradient had left their own median by `factor`, or weights their start by ten, before `step`."""
+    loss, gradient = history.series.get("loss"), history.series.get("global_grad_norm")
+    grown = any(_grew(series, step, factor) for series in (loss, gradient) if series is not None)
+    weights = history.series.get("weight_norm")
+    row = None if weights is None else weights.at(step)
+    if weights is None or row is None:
+        return grown
+    # Weights ten times their start were thrown there by an update: no forward pass would have been safe.
+    before, now = (float(np.sqrt(np.sum(np.square(values)))) for values in (weights.values[0], row))
+    return grown or not now < 10 * before
+
+
+def _grew(series: Series, step: int, factor: float) -> bool:
+    before = np.abs(series.values[(series.steps < step) & np.isfinite(series.values)])
+    return len(before) >= 2 and bool(before[-1] >= factor * float(np.median(before)) > 0)
+
+
 def damaged(history: History) -> bool:
     """Whether the weights were left non-finite: read so, or gradients or losses non-finite to the last step seen."""
     weights = history.series.get("weight_nonfinite")

@@ -1,4 +1,4 @@
-"""When the deep tier is read: early, then log-spaced, then regularly, at once when something looks unusual, within a budget."""
+"""When the deep tier is read: early, log-spaced, then regularly; at once if a reading is unusual; within a budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Schedule:
         if not self.budget >= 0:
             raise ValueError(f"budget must be a fraction of wall time of at least 0, not {self.budget}")
 
-    def observe(self, step: int, *, deep: bool, seconds: float, watch_seconds: float, readings: dict[str, float]) -> None:
+    def observe(
+        self, step: int, *, deep: bool, seconds: float, watch_seconds: float, readings: dict[str, float]
+    ) -> None:
         """Take in what step `step` cost (`seconds` of wall time, `watch_seconds` of them watching) and read.
 
         `readings`: name -> value, loss and gradient norms; NaN or Inf is unusual, and so is a jump.
@@ -53,12 +55,14 @@ class Schedule:
         self._spent += watch_seconds
         if deep:
             self._deep_seconds = max(watch_seconds, 0.7 * self._deep_seconds)
-        # Every reading is tracked, also after one of them was unusual.
-        unusual = any([self._trackers.setdefault(n, Tracker()).is_unusual(v) for n, v in readings.items()])
+        unusual = [name for name, value in readings.items() if self._track(name, value)]
         if unusual and step >= self._calm_until:
             # The pause doubles, so that a lasting disturbance does not make every step deep.
             self._calm_until, self._pause = step + 1 + self._pause, self._pause * 2
             self._wanted = True
+
+    def _track(self, name: str, value: float) -> bool:
+        return self._trackers.setdefault(name, Tracker()).is_unusual(value)
 
     def is_deep(self, step: int) -> bool:
         """Whether `step`, which is about to begin, is deep. Ask once a step."""

@@ -62,7 +62,7 @@ _CATALOG = (
         axis="step",
         tier="cheap",
         unit="loss / weight",
-        meaning="The same before the user's `clip_grad_norm_`; equal to `global_grad_norm` where nothing clips by norm.",
+        meaning="The same before the user's `clip_grad_norm_`; `global_grad_norm` where nothing clips by norm.",
     ),
     Statistic(
         name="clip_factor",
@@ -106,6 +106,14 @@ _CATALOG = (
         unit="s",
         meaning="The watcher's own share of `step_seconds`, timed inside every hook.",
     ),
+    Statistic(
+        name="carried_grad_norm",
+        axis="step",
+        tier="deep",
+        unit="loss / weight",
+        meaning="L2 norm of the gradients that the step's parameters held already when its first backward pass began: "
+        "what earlier steps left behind. 0 where gradients are cleared between steps.",
+    ),
     # ---- cheap tier, per parameter group and per parameter ------------------------------------------------
     Statistic(
         name="learning_rate",
@@ -120,7 +128,7 @@ _CATALOG = (
         tier="cheap",
         unit="loss / weight",
         meaning="L2 norm of the gradient as the optimizer receives it, accumulated in float32 or wider. Inf when the "
-        "sum of squares overflows although every entry is finite. NaN when there is no gradient or an entry is not finite.",
+        "sum of squares overflows although every entry is finite. NaN without a gradient or with a bad entry.",
     ),
     Statistic(
         name="grad_max",
@@ -129,8 +137,8 @@ _CATALOG = (
         unit="loss / weight",
         meaning="Largest absolute gradient entry. Exactly 0 means an exactly zero gradient, also where the L2 norm "
         "underflows (entries below 1e-23 in float32).",
-        error="on CPU, beyond 16384 entries: the largest of 64 evenly spaced runs of 256, a lower bound; exact where the "
-        "norm is 0 or not finite, and on accelerators",
+        error="on CPU, beyond 16384 entries: the largest of 64 evenly spaced runs of 256, a lower bound; exact where "
+        "the norm is 0 or not finite, and on accelerators",
     ),
     Statistic(
         name="grad_nonfinite",
@@ -195,7 +203,7 @@ _CATALOG = (
         axis="parameter",
         tier="deep",
         unit="ratio",
-        meaning="Data parallelism: largest difference of the parameter's L2 norm between two ranks, over the largest norm. "
+        meaning="Data parallelism: largest difference of the parameter's L2 norm between two ranks, over the largest. "
         "0 where replicas are equal, 1 where only some are finite; NaN in a single process.",
     ),
     # ---- deep tier, per layer -------------------------------------------------------------------------------
@@ -276,8 +284,8 @@ _CATALOG = (
         unit="fraction",
         meaning="Activation layers: share of units (features or channels) whose slope is zero for every input of the "
         "step. A unit is one index of the feature axis.",
-        error="all inputs up to 262144 entries a call, beyond that strided rows: a unit active on a share p of the rows "
-        "is missed with probability (1 - p)^rows; of several calls the smallest share, an upper bound",
+        error="all inputs up to 262144 entries a call, beyond that strided rows: a unit active on a share p of the "
+        "rows is missed with probability (1 - p)^rows; of several calls the smallest share, an upper bound",
     ),
     Statistic(
         name="saturation",
@@ -354,12 +362,20 @@ _CATALOG = (
         error="at most 256 rows",
     ),
     Statistic(
+        name="padding_fraction",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Embeddings with a padding index: share of the samples (entries of the first axis) that hold nothing "
+        "else, whose row of the embedding gets no gradient.",
+    ),
+    Statistic(
         name="attention_entropy",
         axis="layer",
         tier="deep",
         unit="fraction",
-        meaning="Mean over sampled queries and heads of -sum(A log A) / log(keys attended to): 1 is uniform, 0 is one key.",
-        error="at most 256 query rows, of 8 heads, a call",
+        meaning="Mean over sampled queries and heads of -sum(A log A) / log(keys seen): 1 is uniform, 0 is one key.",
+        error="at most 2048 weights (but 8 query rows), of 8 heads, a call",
     ),
     Statistic(
         name="attention_logit_max",

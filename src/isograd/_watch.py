@@ -242,7 +242,9 @@ def watch(
     settings = load_settings(out=out, every=every, budget=budget)
     if not settings.enabled:
         return Off()
-    models, optimizers = _sort(things)
+    from isograd.frameworks.torch import sort
+
+    models, optimizers = sort(things)
     return Watch(
         models,
         optimizers,
@@ -253,16 +255,6 @@ def watch(
         options=settings.rules,
         frame=sys._getframe(1),
     )
-
-
-def _sort(things: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    from torch import nn, optim
-
-    for thing in things:
-        if not isinstance(thing, (nn.Module, optim.Optimizer)):
-            raise ValueError(f"watch() takes torch modules and optimizers, not {type(thing).__name__}")
-    models = tuple(thing for thing in things if isinstance(thing, nn.Module))
-    return models, tuple(thing for thing in things if isinstance(thing, optim.Optimizer))
 
 
 def _is_clean_exit(error: BaseException) -> bool:

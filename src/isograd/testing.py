@@ -104,7 +104,7 @@ def _step_series(stamps: np.ndarray[Any, np.dtype[np.int64]], loss: Floats) -> I
     yield "global_grad_norm_unclipped", loss
     for name in ("clip_factor", "micro_batches", "loss_scale"):
         yield name, ones
-    for name in ("loss_nonfinite", "skipped"):
+    for name in ("loss_nonfinite", "skipped", "carried_grad_norm"):
         yield name, 0 * ones
     yield "learning_rate", 0.1 * ones[:, None]
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from isograd._history import History, Series
+from isograd._history import History
 from isograd._loss_curve import loss_curve
-from isograd._nonfinite import Place, damaged, first_place
+from isograd._nonfinite import Place, damaged, first_place, ran_away
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -79,26 +79,10 @@ class InvalidOperation(Rule):
     def check(self, history: History) -> Iterator[Finding]:
         place = first_place(history)
         if place is not None and place.kind in ("output", "loss"):
-            if not self._ran_away(history, place.step):
+            if not ran_away(history, place.step, self.runaway):
                 yield self._invalid(history, place)
         elif place is None or place.kind in ("gradient", "state"):
             yield from self._overflown(history)
-
-    def _ran_away(self, history: History, step: int) -> bool:
-        """Whether loss, gradient or weights had left their own range before `step`."""
-        loss, gradient = history.series.get("loss"), history.series.get("global_grad_norm")
-        grown = any(self._grew(series, step, self.runaway) for series in (loss, gradient) if series is not None)
-        weights = history.series.get("weight_norm")
-        row = None if weights is None else weights.at(step)
-        if weights is None or row is None:
-            return grown
-        # Weights ten times their start were thrown there by an update: no forward pass would have been safe.
-        before, now = (float(np.sqrt(np.sum(np.square(values)))) for values in (weights.values[0], row))
-        return grown or not now < 10 * before
-
-    def _grew(self, series: Series, step: int, factor: float) -> bool:
-        before = np.abs(series.values[(series.steps < step) & np.isfinite(series.values)])
-        return len(before) >= 2 and bool(before[-1] >= factor * float(np.median(before)) > 0)
 
     def _invalid(self, history: History, place: Place) -> Finding:
         told = self._operation(history, place.step)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import multiprocessing, nn
+from torch.optim import Optimizer
 
 from isograd.frameworks.torch._observe import Observer as Observer
 from isograd.frameworks.torch._ranks import rank as rank
 from isograd.frameworks.torch._ranks import world_size as world_size
+from isograd.frameworks.torch._seed import seed_generators as seed_generators
 
 
 def describe_run() -> dict[str, Any]:
@@ -25,3 +30,27 @@ def describe_run() -> dict[str, Any]:
         "world_size": max(world_size(), int(os.environ.get("WORLD_SIZE", "1"))),
         "threads": torch.get_num_threads(),
     }
+
+
+def sort(things: Iterable[object]) -> tuple[tuple[nn.Module, ...], tuple[Optimizer, ...]]:
+    """(modules, optimizers) among `things`. Raises ValueError for anything else."""
+    several = tuple(things)
+    for thing in several:
+        if not isinstance(thing, (nn.Module, Optimizer)):
+            raise ValueError(f"watch() takes torch modules and optimizers, not {type(thing).__name__}")
+    models = tuple(thing for thing in several if isinstance(thing, nn.Module))
+    return models, tuple(thing for thing in several if isinstance(thing, Optimizer))
+
+
+def wrap_spawned(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """From now on `torch.multiprocessing.spawn` and `start_processes` run `wrap(function)` in their processes."""
+    # `torch.multiprocessing.spawn` is a function; the module of that name is where it looks up `start_processes`.
+    spawning: Any = sys.modules["torch.multiprocessing.spawn"]
+    original = spawning.start_processes
+
+    def start_processes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(wrap(fn), *args, **kwargs)
+
+    namespaces: tuple[Any, ...] = (spawning, multiprocessing)
+    for namespace in namespaces:
+        namespace.start_processes = start_processes

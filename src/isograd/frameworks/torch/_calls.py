@@ -113,6 +113,12 @@ def read_activation(
     call.readings.update({name: reading for name, reading in zip(names, found, strict=True) if reading is not None})
 
 
+def read_padding(call: Call, ids: Tensor, padding: int | None) -> None:
+    """Add the share of samples whose ids are all the padding index, where an embedding has one."""
+    if padding is not None and ids.dim() and ids.numel():
+        call.readings["padding"] = (ids.detach().reshape(ids.shape[0], -1) == padding).all(dim=1).float().mean()
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor in what a module returned: itself, in a tuple, list or mapping, or packed."""
     if isinstance(value, Tensor):
@@ -188,6 +194,7 @@ def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
         "saturation": _weighted(of("saturation"), calls),
         "activation_slope": math.sqrt(_weighted(_squares(of("slope")), calls)),
         "column_scale_ratio": _extreme(max, of("columns")),
+        "padding_fraction": _weighted(of("padding"), calls),
         "row_sum_min": _extreme(min, of("row_low")),
         "row_sum_max": _extreme(max, of("row_high")),
         "attention_entropy": _weighted(of("entropy"), calls),

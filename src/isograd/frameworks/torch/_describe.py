@@ -20,9 +20,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("Linear", "linear"), ("Bilinear", "linear"), ("Conv", "conv"), ("Embedding", "embedding"),
     ("BatchNorm", "batch-norm"), ("LayerNorm", "layer-norm"), ("GroupNorm", "group-norm"), ("RMSNorm", "rms-norm"),
     ("InstanceNorm", "instance-norm"), ("Dropout", "dropout"), ("LeakyReLU", "leaky-relu"), ("PReLU", "leaky-relu"),
-    ("RReLU", "leaky-relu"), ("ReLU6", "hardtanh"), ("ReLU", "relu"), ("SELU", "selu"), ("CELU", "elu"), ("GELU", "gelu"),
-    ("ELU", "elu"), ("SiLU", "silu"), ("LogSoftmax", "log-softmax"), ("Softmax", "softmax"), ("LogSigmoid", "other"),
-    ("Hardsigmoid", "other"), ("Sigmoid", "sigmoid"), ("Tanhshrink", "other"), ("Hardtanh", "hardtanh"), ("Tanh", "tanh"),
+    ("RReLU", "leaky-relu"), ("ReLU6", "hardtanh"), ("ReLU", "relu"), ("SELU", "selu"), ("CELU", "elu"),
+    ("GELU", "gelu"), ("ELU", "elu"), ("SiLU", "silu"), ("LogSoftmax", "log-softmax"), ("Softmax", "softmax"),
+    ("LogSigmoid", "other"), ("Hardsigmoid", "other"), ("Sigmoid", "sigmoid"), ("Tanhshrink", "other"),
+    ("Hardtanh", "hardtanh"), ("Tanh", "tanh"),
     ("Softplus", "softplus"), ("Softsign", "softsign"), ("Pool", "pool"), ("MultiheadAttention", "attention"),
     ("RNNCell", "rnn-cell"), ("LSTMCell", "lstm-cell"), ("GRUCell", "gru-cell"), ("RNN", "rnn"), ("LSTM", "lstm"),
     ("GRU", "gru"), ("Flatten", "flatten"), ("Identity", "identity"),
@@ -130,6 +131,20 @@ def parameter_of(name: str, layer: str, tensor: Tensor, group: int) -> Parameter
 def all_modules() -> list[nn.Module]:
     """Every module alive in the process. `type()` instead of `isinstance`, which would wake lazy proxies."""
     return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+
+
+def all_optimizers() -> list[torch.optim.Optimizer]:
+    """Every optimizer alive in the process."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
+
+
+def names_of(parameters: list[Tensor]) -> list[str]:
+    """A name for each tensor: the path below the topmost module that holds it, behind that module's class."""
+    names: dict[int, str] = {}
+    for root in roots_holding(parameters):
+        for path, tensor in root.named_parameters():
+            names.setdefault(id(tensor), f"{type(root).__name__}.{path}")
+    return [names.get(id(p), f"a tensor of shape {list(p.shape)}") for p in parameters]
 
 
 def roots_holding(parameters: Iterable[Tensor]) -> list[nn.Module]:

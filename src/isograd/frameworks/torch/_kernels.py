@@ -141,7 +141,8 @@ def norm(tensor: Tensor) -> Tensor:
     """L2 norm of one real dense tensor, all entries."""
     if not tensor.is_floating_point():
         tensor = tensor.float()
-    return torch.linalg.vector_norm(tensor, 2, dtype=wide(tensor.dtype)).float()
+    length: Tensor = torch.linalg.vector_norm(tensor, 2, dtype=wide(tensor.dtype))
+    return length.float()
 
 
 def spread(values: Tensor) -> list[Tensor]:
@@ -187,14 +188,15 @@ def _tanh_slope(out: Tensor, _: Tensor | None) -> Tensor:
     return 1 - out.square()
 
 
+# Torch's own derivatives: unlike `exp` and `erf` they stay on one thread for a sample this small.
+
+
 def _silu_slope(_: Tensor, x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x)))
+    return None if x is None else torch.ops.aten.silu_backward(torch.ones_like(x), x)
 
 
 def _gelu_slope(_: Tensor, x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    return None if x is None else torch.ops.aten.gelu_backward(torch.ones_like(x), x)
 
 
 SLOPES: dict[str, Slope] = {
@@ -263,6 +265,9 @@ def activation(
 QUERY_ROWS = 256
 """Query rows (over batch and heads) that attention statistics look at."""
 
+ENTROPY_WEIGHTS = 2048
+"""Attention weights that the entropy looks at: as many as torch's softmax keeps on one thread."""
+
 HEADS = 8
 """Heads (over the batch) that those rows are taken from, as many different ones as there are."""
 
@@ -299,8 +304,9 @@ def attention_from_operands(
         some = torch.stack([whole[head][chosen] for head in heads])
         visible &= some if some.dtype == torch.bool else some > -math.inf
         bias = bias if some.dtype == torch.bool else some.float()
-    weights = torch.softmax((logits + bias).masked_fill(~visible, -math.inf), -1)
-    return _entropy(weights.reshape(-1, weights.shape[-1])), torch.where(visible, logits, 0.0).abs().max()
+    rows = (logits + bias).masked_fill(~visible, -math.inf).reshape(-1, key.shape[-2])
+    few = rows[:: _stride(len(rows), max(8, ENTROPY_WEIGHTS // key.shape[-2]), len(rows))]
+    return _entropy(torch.softmax(few, -1)), torch.where(visible, logits, 0.0).abs().max()
 
 
 def _entropy(rows: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ from isograd.frameworks.torch._subject import Subject
 
 _LAYER_STATISTICS = tuple(s.name for s in STATISTICS.values() if s.axis == "layer")
 _MODULE_STATISTICS = tuple(
-    name for name in _LAYER_STATISTICS if not name.startswith(("attention", "row_sum", "column")) and name != "output_std"
+    name for name in _LAYER_STATISTICS if not name.startswith(("attention", "row_sum", "column", "output_std"))
 )
+_COMPILED = "the model is compiled: no values can be read inside"
 
 
 @dataclass
@@ -78,6 +79,8 @@ class Window:
     forwarded: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     handles: list[RemovableHandle] = field(default_factory=list)
     last_kind: str = ""
+    carried: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Per optimizer (by id) the norm of the gradients that stood there when each of the first passes began."""
 
     def absorb(self, later: Window) -> None:
         """Add what was read in a window that belongs to the same step."""
@@ -85,6 +88,7 @@ class Window:
         self.clips += later.clips
         self.boundaries += later.boundaries
         self.events += later.events
+        self.carried |= {key: norms for key, norms in later.carried.items() if key not in self.carried}
         for module, found in later.modules.items():
             self.modules.setdefault(module, []).extend(found)
         self.loss_scale = later.loss_scale if self.loss_scale is None else self.loss_scale
@@ -113,8 +117,8 @@ class Observer:
     """Watches one process. `models`, `optimizers`: only these; both empty: everything that trains.
 
     `make_schedule` gives each subject its own deep schedule. `on_step(subject, step, readings)` is called after each
-    step with loss and gradient norm; `between` outside of the shield, where it may end the program. Nothing else raises into
-    the user's program: every entry runs inside `shield`.
+    step with loss and gradient norm; `between` outside of the shield, where it may end the program. Nothing else raises
+    into the user's program: every entry runs inside `shield`.
     """
 
     def __init__(
@@ -151,6 +155,7 @@ class Observer:
         self._packs_saved = False
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._heads: dict[str, Any] = {}
+        self._unheld: tuple[frozenset[int], list[str]] = frozenset(), []
         self._marks = (time.perf_counter(), shield.seconds)
         self._unmeasured: set[tuple[str, str]] = set()
         self._read: set[str] = set()  # subjects of which a module was read
@@ -306,7 +311,7 @@ class Observer:
             self._window.constant_outputs.add(_memory(out))
 
     def _take_signal(self, call: Call, gradient: Any) -> None:
-        """A gradient has come back to a call; not one of something else than the loss (a gradient penalty, an attack)."""
+        """A gradient of the loss has come back to a call; one of a gradient penalty or an attack is none."""
         if not self._foreign_backward:
             with torch.no_grad():
                 call.take_signal(gradient[0] if isinstance(gradient, tuple) else gradient)
@@ -323,6 +328,8 @@ class Observer:
     def _measure(self, place: trace.Place, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Call:
         call = calls.read_values(out, rows=place.kind in ("linear", "softmax", "log-softmax"))
         inputs = calls.tensors_in(args)
+        if place.kind == "embedding" and inputs:
+            calls.read_padding(call, inputs[0], getattr(module, "padding_idx", None))
         if "nonfinite" in call.readings:
             call.readings["inputs"] = _nonfinite_inputs(inputs)
         if place.kind in describe.ACTIVATIONS:
@@ -369,7 +376,18 @@ class Observer:
             self._settle()
         self._backwards += 1
         with torch.no_grad():
+            self._note_carried()
             self._take_loss(tensors)
+
+    def _note_carried(self) -> None:
+        """What the gradients hold before this pass adds to them. Two passes are looked at: some loops clear an
+        optimizer's gradients only after another one's pass.
+        """
+        if self._backwards > 2:
+            return
+        for optimizer in list(self._seen_optimizers):
+            if self._is_ours(optimizer) and self._is_deep(optimizer):
+                self._window.carried.setdefault(id(optimizer), []).append(carried_norm(optimizer))
 
     def _take_loss(self, tensors: Sequence[Tensor]) -> None:
         values = [t.detach() for t in tensors if t.numel()]
@@ -391,12 +409,26 @@ class Observer:
         found = trace.read_graph(loss)
         self._window.compiled |= found.compiled
         facts: dict[str, Any] = {**trace.head_facts(found), "nodes": found.num_nodes}
+        unoptimized = self._unoptimized(list(found.reached.values()))
+        if unoptimized:
+            facts["unoptimized"] = unoptimized
         if not self._packs_saved:
+            facts |= trace.flat_share(found)
             for operation in found.operations.values():
                 self._read_operation(operation)
             for index, node in enumerate(found.losses[:4]):
                 self._read_loss(node, index, facts)
         self._window.events.append(("loss-graph", facts))
+
+    def _unoptimized(self, leaves: list[Tensor]) -> list[str]:
+        """Names of the parameters among the leaves of the loss that no optimizer alive holds."""
+        held = {id(p) for optimizer in self._seen_optimizers for p in _all_parameters(optimizer)}
+        loose = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in held]
+        known = frozenset(map(id, loose))
+        if known != self._unheld[0]:  # looking through the process is worth it once
+            held |= {id(p) for optimizer in describe.all_optimizers() for p in _all_parameters(optimizer)}
+            self._unheld = known, describe.names_of([leaf for leaf in loose if id(leaf) not in held])
+        return self._unheld[1]
 
     def _read_operation(self, operation: trace.Operation) -> None:
         after = operation.owner.kind if operation.owner is not None else ""
@@ -457,7 +489,7 @@ class Observer:
         else:
             self._window.events.append(("clip-after-step", {"limit": float(limit)}))
 
-    # ---- steps --------------------------------------------------------------------------------------------------------
+    # ---- steps ----------------------------------------------------------------------------------------------------
 
     def before_scaled_step(self, scaler: Any) -> None:
         """`GradScaler.step` begins: the losses of this window were scaled."""
@@ -632,7 +664,7 @@ class Observer:
         if not subject.roots:
             self._cannot(subject, _MODULE_STATISTICS, "the program trains loose tensors, no module")
         if any(True for root in roots for _ in _compiled_regions(root)):
-            self._cannot(subject, _MODULE_STATISTICS, "the model is compiled: no values can be read inside")
+            self._cannot(subject, _MODULE_STATISTICS, _COMPILED)
         if any(map(describe.is_sharded, held)):
             names = [s.name for s in STATISTICS.values() if s.axis == "parameter"]
             why = "parameters are sharded over ranks, which is not supported yet"
@@ -643,7 +675,8 @@ class Observer:
             if (subject.name, statistic) not in self._unmeasured:
                 self._unmeasured.add((subject.name, statistic))
                 self._recorder.set_unmeasured(subject.name, statistic, why)
-    # ---- writing a step ------------------------------------------------------------------------------------------------
+
+    # ---- writing a step -------------------------------------------------------------------------------------------
 
     def _commit(self, subject: Subject, group: list[Pending]) -> None:
         window = group[0].window
@@ -669,10 +702,11 @@ class Observer:
             scale=row.put([] if window.loss_scale is None else [window.loss_scale]),
             calls=entries,
             compiled=window.compiled,
+            carried=[row.put(window.carried.get(id(p.optimizer), ())) for p in group],
         )
         self._write_events(subject, step, window)
         if window.graph_read and self._packs_saved:
-            why = "saved tensors are packed (checkpointing, offloading): reading them could run the program's code again"
+            why = "saved tensors are packed (checkpointing, offloading): reading them could run the program again"
             self._cannot(subject, ("attention_entropy", "attention_logit_max"), why)
         self._queue.push(row, lambda arrived: self._write(done, arrived))
         self._queue.drain()
@@ -722,7 +756,7 @@ class Observer:
     def _write_events(self, subject: Subject, step: int, window: Window) -> None:
         for kind, facts in window.events:
             if kind == "loss-graph":
-                graph = {key: value for key, value in facts.items() if key != "nodes"}
+                graph = {key: value for key, value in facts.items() if key not in ("nodes", "flat_share")}
                 if self._heads.get(subject.name) == graph:
                     continue
                 self._heads[subject.name] = graph
@@ -757,6 +791,7 @@ class Observer:
                 weights, bad = deep["weight_norm"], deep["weight_nonfinite"]
                 deep["replica_difference"] = ranks.replica_difference(self._ranks, weights, bad)
             self._write_profiles(done, row)
+            deep["carried_grad_norm"] = done.carried_norm(row)
         if deep:
             self.deep_step = done.step
             self._recorder.write_row(done.subject.name, done.step, "deep", deep)
@@ -819,8 +854,9 @@ class Observer:
         if any(done.subject.layers[column].module is not None for column, _ in done.calls):
             self._read.add(done.subject.name)
         elif done.losses and done.subject.name not in self._read:
-            why = "the model is compiled: no values can be read inside" if done.compiled else "no layer was called as a module"
-            self._cannot(done.subject, _MODULE_STATISTICS, why)
+            self._cannot(
+                done.subject, _MODULE_STATISTICS, _COMPILED if done.compiled else "no layer was called as a module"
+            )
         return arrays
 
     def _write_profiles(self, done: _Step, row: Row) -> None:
@@ -845,6 +881,7 @@ class _Step:
     scale: range
     calls: list[tuple[int, list[Call]]]
     compiled: bool
+    carried: list[range]
 
     def __post_init__(self) -> None:
         self.is_deep = any(pending.deep for pending in self.group)
@@ -852,6 +889,11 @@ class _Step:
         self.watch_seconds = sum(pending.watch_seconds for pending in self.group)
         for pending in self.group:
             pending.window = Window()  # its readings have moved into the row
+
+    def carried_norm(self, row: Row) -> float:
+        """The least that each optimizer's gradients held when a pass began, all optimizers together."""
+        least = [min(row[places]) for places in self.carried if places]
+        return math.sqrt(sum(value * value for value in least)) if least else math.nan
 
     def skipped(self, row: Row) -> list[bool]:
         """Per optimizer whether it left its weights alone."""
@@ -911,6 +953,13 @@ def _deep_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
         "update_norm": np.where(np.isfinite(arrays["update_norm"]), arrays["update_norm"], np.nan),
         "update_ratio": np.where(np.isfinite(ratio), ratio, np.nan),
     }
+
+
+def carried_norm(optimizer: Optimizer) -> Tensor:
+    """L2 norm of the gradients that the optimizer's parameters hold now."""
+    found = [p.grad for p in _all_parameters(optimizer) if p.grad is not None and not describe.is_sharded(p.grad)]
+    dense = [kernels.real(gradient) for gradient in found if gradient.numel()]
+    return torch.stack([norm.float() for norm in kernels.norms(dense)]).norm() if dense else torch.zeros(())
 
 
 def _compiled_regions(root: nn.Module) -> Iterable[nn.Module]:

@@ -71,7 +71,8 @@ class ParameterReading:
     def _know_gradients(self, present: list[int], gradients: Sequence[Tensor]) -> None:
         """On CPU a suspicious gradient can be looked at again at once, while it is still there."""
         lengths = torch.stack(kernels.norms(gradients)).tolist()
-        peaks = kernels.extremes([kernels.parameter_sample(gradient) for gradient in gradients])
+        some = [g if g.numel() <= kernels.PARAMETER_SAMPLE else kernels.parameter_sample(g) for g in gradients]
+        peaks = kernels.extremes(some)
         bad = [0.0] * len(present)
         for i, length in enumerate(lengths):
             if not length or not math.isfinite(length):

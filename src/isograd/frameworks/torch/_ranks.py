@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import ArrayLike
+
+from isograd._history import Floats
 
 
 def rank() -> int:
@@ -103,6 +104,6 @@ def replica_difference(ranks: Ranks, norms: Floats, nonfinite: Floats) -> Floats
 
 
 _SUMMED = ("calls", "output_size", "output_nonfinite", "input_nonfinite", "signal_nonfinite")
-_AVERAGED = ("output_zero_fraction", "saturation", "attention_entropy")
+_AVERAGED = ("output_zero_fraction", "saturation", "attention_entropy", "padding_fraction")
 _LARGEST = ("output_max", "row_sum_max", "attention_logit_max", "column_scale_ratio")
 _SMALLEST = ("output_min", "row_sum_min", "dead_fraction")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Row:
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._values: list[float] = []
-        self._copies: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
+        self._copies: list[tuple[list[int], Tensor, Any]] = []
 
     def put(self, tensors: Iterable[Tensor]) -> range:
         """Where `tensors` will stand in the row."""
@@ -55,13 +56,14 @@ class Row:
         self._copies = []
 
 
-def _to_host(packed: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+def _to_host(packed: Tensor, device: torch.device) -> tuple[Tensor, Any]:
     if device.type != "cuda":
         return packed.cpu(), None
     pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True, device="cpu")
     pinned.copy_(packed, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
+    cuda: Any = torch.cuda  # its events carry no types
+    event = cuda.Event()
+    event.record(cuda.current_stream(device))
     return pinned, event
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from isograd._history import Layer, Parameter
 from isograd.frameworks import Recorder
 from isograd.frameworks.torch import _describe as describe
-from isograd.frameworks.torch._parameters import Columns, learning_rate
+from isograd.frameworks.torch._parameters import Columns
 
 
 @dataclass

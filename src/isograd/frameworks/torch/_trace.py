@@ -73,7 +73,8 @@ class Operation:
 @dataclass
 class Trace:
     """What one walk found. `head`: operations from the loss down to the first layer. `compiled`: a compiled
-    region hides what is behind it. `reached`: the leaf tensors that the loss depends on, by id."""
+    region hides what is behind it. `reached`: the leaf tensors that the loss depends on, by id.
+    """
 
     head: list[Any] = field(default_factory=list)
     operations: dict[tuple[int, str], Operation] = field(default_factory=dict)
@@ -193,7 +194,9 @@ def _head(node: Any) -> list[Any]:
     while node is not None and len(nodes) < 16:
         nodes.append(node)
         place = place_of(node)
-        if operation_name(node) == "AccumulateGrad" or (place is not None and place.kind in ("linear", "conv", "other")):
+        if operation_name(node) == "AccumulateGrad" or (
+            place is not None and place.kind in ("linear", "conv", "other")
+        ):
             break
         node = _below(node)
     return nodes
@@ -206,6 +209,22 @@ def head_facts(trace: Trace) -> dict[str, Any]:
     sizes = [shape[node._saved_dim - _WRAP * (node._saved_dim >= _WRAP // 2)] for node, name, shape in rows
              if name in ("Softmax", "LogSoftmax") and shape]  # fmt: skip
     return {"operations": names, "shapes": shapes, "softmax_sizes": sizes}
+
+
+def flat_share(trace: Trace) -> dict[str, float]:
+    """Of the clamp nearest the loss, which entries lie beyond its ends, where its derivative is zero: their share."""
+    for node in trace.head:
+        name = operation_name(node)
+        values = saved(node, "self") if name in ("Clamp", "ClampMin", "ClampMax") else None
+        if values is not None and values.numel():
+            low, high = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
+            inside = torch.ones_like(values, dtype=torch.bool)
+            if low is not None:
+                inside &= values >= low
+            if high is not None:
+                inside &= values <= high
+            return {"flat_share": 1 - float(inside.float().mean())}
+    return {}
 
 
 _WRAP = 2**64

@@ -1,0 +1,49 @@
+"""The gradient signal through time: over the calls of a layer that a step calls again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from isograd._history import Floats, History, Integers
+from isograd._robust import log10_positive, median, theil_sen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """A layer called `calls` times in a step. `lost`: per deep reading the decades that its gradient signal loses from
+    the last call back to the first, negative where it grows, NaN where nothing was read.
+    """
+
+    layer: str
+    calls: int
+    steps: Integers
+    lost: Floats
+
+    def lost_most_of_the_time(self, decades: float) -> tuple[float, int] | None:
+        """(typical loss, first step) where at least half of the readings, and the last ones, lose `decades`."""
+        known = self.lost[np.isfinite(self.lost)]
+        hit = np.flatnonzero(self.lost >= decades)
+        if not len(hit) or 2 * len(hit) < len(known) or not median(known[-3:]) >= decades:
+            return None
+        return median(self.lost[hit]), int(self.steps[hit[0]])
+
+
+def recurrences(history: History, *, least: int) -> list[Recurrence]:
+    """Every layer that was called `least` times or more in a step, in order of name."""
+    found = []
+    known = {layer.name for layer in history.layers}
+    for layer, series in sorted(history.profiles.get("call_signal_norm", {}).items()):
+        if layer in known and series.values.ndim == 2 and series.values.shape[1] >= least:
+            lost = np.array([_lost(row) for row in series.values])
+            found.append(Recurrence(layer=layer, calls=series.values.shape[1], steps=series.steps, lost=lost))
+    return found
+
+
+def _lost(signal: Floats) -> float:
+    """Slope x length; exact zeros, where the signal has underflown, count as the smallest float32."""
+    logs = log10_positive(np.where(signal == 0, 1e-45, signal))
+    if np.sum(np.isfinite(logs)) < 3:
+        return float("nan")
+    return theil_sen(np.arange(len(logs)), logs) * (len(logs) - 1)

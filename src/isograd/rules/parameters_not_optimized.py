@@ -1,0 +1,93 @@
+"""parameters-not-optimized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from isograd._history import History
+from isograd._loss_curve import LossCurve, loss_curve
+from isograd._loss_graph import loss_graphs
+from isograd._rule import Evidence, Finding, Level, Rule, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParametersNotOptimized(Rule):
+    """The loss depends on trainable parameters that no optimizer holds: gradients arrive, and nobody steps.
+
+    Detects
+        In the last reading of the loss's graph, `tensors` or more parameters that require a gradient and that no
+        optimizer of the process holds, in a run whose loss is stuck, or whose optimizers hold nothing that receives
+        a gradient.
+
+    Why it matters
+        Layers in a Python list instead of a ModuleList are not in parameters(); layers replaced after the optimizer
+        was made leave it with the old ones. Everything runs, and what should learn never moves.
+
+    Decided by
+        tensors: 1. That a parameter is held by none is a fact; whether it is meant shows in the loss.
+
+    Stays silent when
+        The loss falls: a head trained on features that are simply left out of the optimizer is common, and info. The
+        parameters of a second model belong to its own optimizer.
+
+    Remedies
+        None of those that change a model or an optimizer: hand the parameters to the optimizer.
+
+    References
+        PyTorch documentation of ModuleList; PyTorch issue 715; microsoft/nni, issue 4521 (layers replaced after the
+        optimizer was made).
+    """
+
+    stage: ClassVar[Stage] = "loop"
+    needs: ClassVar[tuple[str, ...]] = ("loss",)
+    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "grad_max", "grad_nonfinite")
+    explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
+    remedies: ClassVar[tuple[str, ...]] = ()
+
+    tensors: int = 1
+
+    def check(self, history: History) -> Iterator[Finding]:
+        graphs, curve = loss_graphs(history), loss_curve(history)
+        if not graphs or curve is None or len(graphs[-1].unoptimized) < self.tensors:
+            return
+        names, step = graphs[-1].unoptimized, graphs[0].step
+        if step >= history.num_steps:
+            return
+        orphaned = self._is_orphaned(history)
+        held = " The optimizer holds nothing that receives a gradient." if orphaned else ""
+        yield self.finding(
+            history,
+            level=self._level(curve, orphaned=orphaned),
+            message=f"The loss depends on {len(names)} trainable {'parameter' if len(names) == 1 else 'parameters'} "
+            f"that no optimizer holds ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}).{held} The loss went "
+            f"from {curve.start:.4g} to {curve.end:.4g}.",
+            first_step=step,
+            evidence=(
+                Evidence(
+                    statistic="unoptimized_parameters",
+                    observed=float(len(names)),
+                    limit=float(self.tensors),
+                    step=step,
+                ),
+            ),
+            confidence=0.95 if orphaned else 0.8,
+        )
+
+    def _is_orphaned(self, history: History) -> bool:
+        """Whether no parameter in an optimizer ever received a gradient other than zero."""
+        largest, bad = history.series.get("grad_max"), history.series.get("grad_nonfinite")
+        if largest is None or not len(largest) or not history.parameters:
+            return False
+        lost = bad is not None and bool(np.any(bad.values > 0))
+        return not lost and not np.any(largest.values > 0)
+
+    def _level(self, curve: LossCurve, *, orphaned: bool) -> Level:
+        if orphaned:
+            return "error" if curve.share < 0.95 else "info"
+        if not curve.stuck:
+            return "info"
+        return "error" if curve.share < 0.1 else "warning"
