@@ -22,12 +22,13 @@ class Recurrence:
     lost: Floats
 
     def lost_most_of_the_time(self, decades: float) -> tuple[float, int] | None:
-        """(typical loss, first step) where at least half of the readings, and the last ones, lose `decades`."""
-        known = self.lost[np.isfinite(self.lost)]
-        hit = np.flatnonzero(self.lost >= decades)
-        if not len(hit) or 2 * len(hit) < len(known) or not median(known[-3:]) >= decades:
+        """(typical loss, first step) where the signal loses `decades` over half of the time or more."""
+        hit = self.lost >= decades
+        # Deep readings are dense at first: each stands for the steps up to the next one.
+        spans = np.diff(np.append(self.steps, self.steps[-1:] + 1)) * np.isfinite(self.lost)
+        if not hit.any() or 2 * np.sum(spans[hit]) < np.sum(spans):
             return None
-        return median(self.lost[hit]), int(self.steps[hit[0]])
+        return median(self.lost[hit]), int(self.steps[hit][0])
 
 
 def recurrences(history: History, *, least: int) -> list[Recurrence]:
