@@ -300,7 +300,8 @@ def test_torchrun(tmp_path: Path) -> None:
         "-m", "isograd", "run", "train.py", env={"GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
 
-    assert ours.returncode == 0 and ours.stdout == "end\nend\n", ours.stderr
+    # Two processes share the pipe: their line ends may come in any order.
+    assert ours.returncode == 0 and ours.stdout.replace("\n", "") == "endend", ours.stderr
     assert len(list((tmp_path / "isograd-runs").iterdir())) == 1
     assert diagnosis(tmp_path)["steps"] == 12
     assert ours.stderr.count("Watch overhead") <= 1

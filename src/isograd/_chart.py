@@ -45,7 +45,7 @@ class Sparkline:
         shares = [share[np.isfinite(share)] for share in np.array_split(self.values, self._num_shares())]
         medians = np.array([np.median(share) if len(share) else np.nan for share in shares])
         finite = medians[np.isfinite(medians)]
-        if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 1000:
+        if len(finite) and finite.min() > 0 and finite.max() / 1000 > finite.min():
             medians, finite = np.log(medians), np.log(finite)
         spread = float(np.ptp(finite)) if len(finite) else 0.0
         return "".join(self._character(m, finite, spread, plain) for m in medians)

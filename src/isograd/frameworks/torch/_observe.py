@@ -959,7 +959,9 @@ def carried_norm(optimizer: Optimizer) -> Tensor:
     """L2 norm of the gradients that the optimizer's parameters hold now."""
     found = [p.grad for p in _all_parameters(optimizer) if p.grad is not None and not describe.is_sharded(p.grad)]
     dense = [kernels.real(gradient) for gradient in found if gradient.numel()]
-    return torch.stack([norm.float() for norm in kernels.norms(dense)]).norm() if dense else torch.zeros(())
+    norms = kernels.norms(dense)
+    # A model may be spread over devices.
+    return torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
 
 
 def _compiled_regions(root: nn.Module) -> Iterable[nn.Module]:
