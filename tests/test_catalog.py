@@ -68,9 +68,21 @@ def test_rule_judges_anything(rule, seed):
 
 @every_rule
 def test_rule_explains_symptoms(rule):
-    """What a cause explains is a symptom of the catalogue, and symptoms explain nothing."""
-    assert set(rule.explains) <= SYMPTOMS
-    assert (rule.stage == "symptom") == (not rule.explains)
+    """What a cause explains is in the catalogue, a symptom among it, and symptoms explain nothing."""
+    assert set(rule.explains) <= set(RULES)
+    assert (rule.stage == "symptom") == (not set(rule.explains) & SYMPTOMS)
+
+
+@every_rule
+def test_no_chain_of_rules_explains_itself(rule):
+    """From what a cause explains, no way leads back to it: every chain of findings has a root."""
+    reached, waiting = set(), [rule.rule_name()]
+    while waiting:
+        following = set(RULES[waiting.pop()].explains) - reached
+        reached |= following
+        waiting += following
+
+    assert rule.rule_name() not in reached
 
 
 @every_rule

@@ -141,10 +141,10 @@ def test_ten_thousand_steps_of_three_hundred_layers():
 
 def test_a_symptom_goes_to_the_most_upstream_cause():
     """Of two causes from the same step that explain a symptom, the one further upstream gets it."""
-    inputs, activations = finding("unscaled-inputs"), finding("saturating-activations", confidence=0.99)
+    inputs, rate = finding("unscaled-targets"), finding("weight-decay-too-strong", confidence=0.99)
 
-    assert {"unscaled-inputs": ["vanishing-gradients"], "saturating-activations": []} == told(
-        [finding("vanishing-gradients"), activations, inputs]
+    assert {"unscaled-targets": ["loss-plateau"], "weight-decay-too-strong": []} == told(
+        [finding("loss-plateau"), rate, inputs]
     )
 
 
@@ -164,6 +164,22 @@ def test_a_cause_does_not_explain_what_was_over_before_it():
     assert {"learning-rate-too-high": [], "loss-spike": []} == told(
         [early, finding("learning-rate-too-high", first=40)]
     )
+
+
+def test_a_cause_takes_the_further_causes_that_it_brings_about():
+    """Units that died after the rate was too high, and what their death did, are told under the rate."""
+    rate, dead = finding("learning-rate-too-high", first=3), finding("dead-units", first=9)
+
+    assert {"learning-rate-too-high": ["dead-units", "no-gradient"]} == told(
+        [dead, finding("no-gradient", first=12), rate]
+    )
+
+
+def test_a_cause_does_not_bring_about_what_was_there_before_it():
+    """Units that were dead before the rate was too high are a cause of their own."""
+    rate, dead = finding("learning-rate-too-high", first=3), finding("dead-units", first=1)
+
+    assert {"dead-units": [], "learning-rate-too-high": []} == told([dead, rate])
 
 
 def test_a_cause_explains_only_what_its_rule_lists():

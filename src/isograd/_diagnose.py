@@ -110,7 +110,7 @@ def diagnose(
     or an option that does not exist, with the nearest name; never raises on what was measured.
     """
     rules = configured(options or {})
-    subjects = tuple(histories)
+    subjects = _acquainted(histories)
     causes: list[Cause] = []
     unmeasured: list[Unmeasured] = []
     for history in subjects:
@@ -130,6 +130,15 @@ def diagnose(
         causes=tuple(sorted(causes, key=_rank)),
         unmeasured=tuple(dict.fromkeys(unmeasured)),
         overhead=overhead,
+    )
+
+
+def _acquainted(histories: Iterable[History]) -> tuple[History, ...]:
+    """The subjects of a run, each knowing the others."""
+    subjects = tuple(histories)
+    return tuple(
+        replace(history, companions={other.subject: other for other in subjects if other is not history})
+        for history in subjects
     )
 
 
@@ -184,26 +193,39 @@ def _has_no_place(statistic: str, history: History) -> bool:
 
 
 def group(findings: Iterable[Finding]) -> list[Cause]:
-    """The findings of one subject as causes: each symptom goes to the most upstream cause that explains it.
+    """The findings of one subject as causes: what one brings about goes to the most upstream cause that explains it.
 
-    A cause explains the symptoms that its rule lists, if it is itself at level warning or above, or the symptom is no
-    alarm either, and if it was there before the symptom ended. It takes over a symptom's higher level: what caused
-    the loss of a run is an error. Symptoms that nothing explains stand for themselves.
+    A cause explains the symptoms and the further causes that its rule lists, if it is itself at level warning or
+    above, or the other is no alarm either. It must have been there before the symptom ended, and before the further
+    cause began. It takes over a higher level: what caused the loss of a run is an error. What nothing explains stands
+    for itself. No chain of rules explains itself, so every finding has a root.
     """
-    causes = sorted((finding for finding in findings if _stage(finding) != "symptom"), key=_upstream)
-    symptoms = sorted((finding for finding in findings if _stage(finding) == "symptom"), key=_upstream)
-    explained: dict[int, list[Finding]] = {index: [] for index in range(len(causes))}
-    alone: list[Finding] = []
-    for symptom in symptoms:
-        index = next((i for i, cause in enumerate(causes) if _explains(cause, symptom)), None)
-        (alone if index is None else explained[index]).append(symptom)
-    return [_cause(cause, explained[index]) for index, cause in enumerate(causes)] + [_cause(s, []) for s in alone]
+    ordered = sorted(findings, key=lambda finding: (_stage(finding) == "symptom", *_upstream(finding)))
+    roots = [finding for finding in ordered if not any(_explains(other, finding) for other in ordered)]
+    explained: dict[int, list[Finding]] = {index: [] for index in range(len(roots))}
+    for finding in ordered:
+        if not any(finding is root for root in roots):
+            index = next(i for i, root in enumerate(roots) if _leads_to(root, finding, ordered))
+            explained[index].append(finding)
+    return [_cause(root, explained[index]) for index, root in enumerate(roots)]
 
 
-def _explains(cause: Finding, symptom: Finding) -> bool:
-    if symptom.name not in RULES[cause.name].explains or cause.first_step > symptom.last_step:
+def _explains(cause: Finding, other: Finding) -> bool:
+    latest = other.last_step if _stage(other) == "symptom" else other.first_step
+    if other.name not in RULES[cause.name].explains or cause.first_step > latest:
         return False
-    return cause.level != "info" or symptom.level == "info"
+    return cause.level != "info" or other.level == "info"
+
+
+def _leads_to(root: Finding, finding: Finding, findings: list[Finding]) -> bool:
+    """Whether `root` explains `finding`, directly or through other findings."""
+    reached, waiting = [root], [root]
+    while waiting:
+        cause = waiting.pop()
+        following = [f for f in findings if _explains(cause, f) and not any(f is known for known in reached)]
+        reached += following
+        waiting += following
+    return any(finding is known for known in reached)
 
 
 def _cause(finding: Finding, symptoms: list[Finding]) -> Cause:

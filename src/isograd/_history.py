@@ -19,7 +19,7 @@ from isograd._statistics import STATISTICS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Role = Literal["module", "operation", "input", "prediction", "target"]
+Role = Literal["module", "operation", "input", "prediction", "target", "term"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,18 @@ class Layer:
 
     `role`: a `module` of the user's model, an `operation` seen in the autograd graph (a functional activation or
     attention; named `<layer before it>.<operation>`), or a boundary of the program: an `input` (data entering a
-    module), a `prediction` or `target` (what entered the loss).
+    module), a `prediction` or `target` (what entered the loss), a `term` (one summand of the loss; its `signal_norm` is
+    the gradient that this term alone sends into what the terms share).
 
     `kind` is framework-neutral: linear, conv, embedding, batch-norm, layer-norm, group-norm, rms-norm, dropout,
     relu, leaky-relu, elu, selu, gelu, silu, sigmoid, tanh, hardtanh, softplus, softsign, softmax, log-softmax, pool,
     rnn, lstm, gru, rnn-cell, lstm-cell, gru-cell, attention, flatten, identity, other; for the boundaries: input,
-    prediction, target. `type` is the class or operation name as the user's program has it.
+    prediction, target, loss-term. `type` is the class or operation name as the user's program has it.
 
     `position` orders layers by first use (an operation stands behind the layer it follows); infinite if never used.
     `units` is the size of the feature axis; `fan_in` and `fan_out` count the connections of one unit as in Glorot &
-    Bengio (2010), 0 where the notion does not apply. `shape` is the output's shape when first seen.
+    Bengio (2010), 0 where the notion does not apply. `shape` is the output's shape when first seen, `dtype` its type
+    ("float16"), "" where unknown.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Layer:
     fan_in: int = 0
     fan_out: int = 0
     shape: tuple[int, ...] = ()
+    dtype: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ class History:
     `parameters`, of group statistics the optimizer's parameter groups. `profiles[name][layer]`: Series with one
     column per call. `groups`: per parameter group the optimizer's class and hyperparameters as last seen.
     `unmeasured`: statistic -> why it could not be read, in words. `meta`: run-wide facts (seed, versions, device …).
+    `companions`: the other subjects of the same run, by name (the discriminator beside the generator).
     """
 
     subject: str = "model"
@@ -128,6 +132,7 @@ class History:
     events: tuple[Event, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    companions: Mapping[str, History] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         width = {"layer": len(self.layers), "parameter": len(self.parameters)}

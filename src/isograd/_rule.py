@@ -77,7 +77,8 @@ class Rule(ABC):
     `stage`: "symptom" for what is seen, otherwise where the cause sits.
     `needs`: statistics without which it cannot look; one that is missing makes the rule *unmeasured*, not silent.
     `uses`: statistics that sharpen it where they exist. It reads no others.
-    `explains`: for causes, the symptoms that it accounts for.
+    `explains`: for causes, the symptoms that it accounts for, and the causes that it brings about (a rate that is too
+    high kills units): they are shown under it.
     `remedies`: names of remedies that treat it, best first.
     """
 

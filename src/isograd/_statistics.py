@@ -114,6 +114,14 @@ _CATALOG = (
         meaning="L2 norm of the gradients that the step's parameters held already when its first backward pass began: "
         "what earlier steps left behind. 0 where gradients are cleared between steps.",
     ),
+    Statistic(
+        name="graph_nodes",
+        axis="step",
+        tier="deep",
+        unit="count",
+        meaning="Nodes of the autograd graph below the loss. Growing from step to step, it carries its past.",
+        error="counted up to 20000",
+    ),
     # ---- cheap tier, per parameter group and per parameter ------------------------------------------------
     Statistic(
         name="learning_rate",
@@ -197,6 +205,16 @@ _CATALOG = (
         meaning="update_norm over the L2 norm of the same sampled entries of the parameter before the step. About 1e-3 "
         "is usual (Karpathy, makemore part 3, 2022).",
         error="as update_norm",
+    ),
+    Statistic(
+        name="unit_spread",
+        axis="parameter",
+        tier="deep",
+        unit="ratio",
+        meaning="Weights with two axes or more: root mean square of what is left after subtracting the mean over the "
+        "output units (first axis), over the root mean square of the weight. 0 where all units are identical, about 1 "
+        "for independent ones. NaN with a single unit, or where every entry is zero.",
+        error="at most 64 evenly spaced units and the first 256 connections of each",
     ),
     Statistic(
         name="replica_difference",
@@ -328,6 +346,40 @@ _CATALOG = (
         tier="deep",
         unit="count",
         meaning="Entries of the gradient with respect to the layer's output that are NaN or Inf.",
+    ),
+    Statistic(
+        name="signal_zero_fraction",
+        axis="layer",
+        tier="deep",
+        unit="fraction",
+        meaning="Share of the entries of the gradient with respect to the layer's output that are exactly zero.",
+        error="64 evenly spaced runs of 256 entries a call",
+    ),
+    Statistic(
+        name="row_similarity",
+        axis="layer",
+        tier="deep",
+        unit="ratio",
+        meaning="Layers with two axes or more: mean cosine similarity between two different rows (samples, nodes or "
+        "tokens; a row is one index of all axes but the feature axis). 1 where all rows point the same way.",
+        error="at most 64 evenly spaced rows and the first 256 features, of the last call",
+    ),
+    Statistic(
+        name="batch_statistics_gap",
+        axis="layer",
+        tier="deep",
+        unit="ratio",
+        meaning="Batch normalization in training mode: root mean square over channels of (batch mean - running mean) / "
+        "sqrt(running variance + epsilon), the running statistics as they were before this batch.",
+        error="at most 16384 entries of the batch",
+    ),
+    Statistic(
+        name="distinct_values",
+        axis="layer",
+        tier="deep",
+        unit="count",
+        meaning="Inputs and targets: how many different entries along the first axis (rows, if there are more axes).",
+        error="at most 256 rows",
     ),
     Statistic(
         name="column_scale_ratio",

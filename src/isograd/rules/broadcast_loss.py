@@ -45,7 +45,7 @@ class BroadcastLoss(Rule):
 
     stage: ClassVar[Stage] = "output"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
-    explains: ClassVar[tuple[str, ...]] = ("loss-plateau",)
+    explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "undertrained")
     remedies: ClassVar[tuple[str, ...]] = ()
 
     growth: float = 2.0

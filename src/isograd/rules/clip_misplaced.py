@@ -52,6 +52,9 @@ class ClipMisplaced(Rule):
         "loss-oscillation",
         "loss-plateau",
         "nonfinite-values",
+        "learning-rate-too-high",
+        "recurrent-explosion",
+        "dead-units",
     )
     remedies: ClassVar[tuple[str, ...]] = ("clip-gradient-norm",)
 

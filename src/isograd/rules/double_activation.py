@@ -55,7 +55,7 @@ class DoubleActivation(Rule):
     stage: ClassVar[Stage] = "output"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
-    explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "vanishing-gradients", "no-gradient")
+    explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "vanishing-gradients", "no-gradient", "undertrained")
     remedies: ClassVar[tuple[str, ...]] = ("remove-output-activation",)
 
     activations: int = 2

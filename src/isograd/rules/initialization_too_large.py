@@ -50,6 +50,9 @@ class InitializationTooLarge(Rule):
         "loss-oscillation",
         "loss-plateau",
         "nonfinite-values",
+        "dead-units",
+        "saturating-activations",
+        "learning-rate-too-high",
     )
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "insert-normalization", "clip-gradient-norm")
 

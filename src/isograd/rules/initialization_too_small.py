@@ -46,7 +46,7 @@ class InitializationTooSmall(Rule):
     stage: ClassVar[Stage] = "initialization"
     needs: ClassVar[tuple[str, ...]] = ("weight_norm", "output_rms", "signal_norm")
     uses: ClassVar[tuple[str, ...]] = ("loss", "loss_nonfinite")
-    explains: ClassVar[tuple[str, ...]] = ("vanishing-gradients", "loss-plateau", "no-gradient")
+    explains: ClassVar[tuple[str, ...]] = ("vanishing-gradients", "loss-plateau", "no-gradient", "dead-units")
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "insert-normalization", "insert-shortcuts")
 
     decades: float = 3.0

@@ -47,7 +47,7 @@ class LearningRateDecayed(Rule):
     stage: ClassVar[Stage] = "optimizer"
     needs: ClassVar[tuple[str, ...]] = ("loss", "learning_rate")
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
-    explains: ClassVar[tuple[str, ...]] = ("loss-plateau",)
+    explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "undertrained")
     remedies: ClassVar[tuple[str, ...]] = ("schedule-learning-rate", "raise-learning-rate")
 
     decay: float = 1e-3

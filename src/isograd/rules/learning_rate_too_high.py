@@ -56,6 +56,8 @@ class LearningRateTooHigh(Rule):
         "exploding-gradients",
         "nonfinite-values",
         "no-gradient",
+        "dead-units",
+        "saturating-activations",
     )
     remedies: ClassVar[tuple[str, ...]] = (
         "lower-learning-rate",

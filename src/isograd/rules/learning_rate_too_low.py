@@ -44,7 +44,7 @@ class LearningRateTooLow(Rule):
     stage: ClassVar[Stage] = "optimizer"
     needs: ClassVar[tuple[str, ...]] = ("loss", "update_ratio")
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "grad_max", "learning_rate")
-    explains: ClassVar[tuple[str, ...]] = ("loss-plateau",)
+    explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "undertrained")
     remedies: ClassVar[tuple[str, ...]] = ("raise-learning-rate", "find-learning-rate", "change-optimizer")
 
     ratio: float = 1e-5

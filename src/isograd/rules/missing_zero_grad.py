@@ -49,6 +49,8 @@ class MissingZeroGrad(Rule):
         "loss-oscillation",
         "loss-plateau",
         "nonfinite-values",
+        "learning-rate-too-high",
+        "dead-units",
     )
     remedies: ClassVar[tuple[str, ...]] = ("zero-gradients",)
 

@@ -41,7 +41,13 @@ class NonfiniteInputs(Rule):
     stage: ClassVar[Stage] = "data"
     needs: ClassVar[tuple[str, ...]] = ("output_nonfinite",)
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "grad_nonfinite", "weight_nonfinite", "skipped")
-    explains: ClassVar[tuple[str, ...]] = ("nonfinite-values", "loss-divergence", "exploding-gradients")
+    explains: ClassVar[tuple[str, ...]] = (
+        "nonfinite-values",
+        "loss-divergence",
+        "exploding-gradients",
+        "invalid-operation",
+        "singular-derivative",
+    )
     remedies: ClassVar[tuple[str, ...]] = ("skip-bad-steps", "standardize-inputs")
 
     def check(self, history: History) -> Iterator[Finding]:

@@ -45,7 +45,13 @@ class ParametersNotOptimized(Rule):
     stage: ClassVar[Stage] = "loop"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "grad_max", "grad_nonfinite")
-    explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
+    explains: ClassVar[tuple[str, ...]] = (
+        "no-gradient",
+        "loss-plateau",
+        "vanishing-gradients",
+        "parameters-unreached",
+        "undertrained",
+    )
     remedies: ClassVar[tuple[str, ...]] = ()
 
     tensors: int = 1

@@ -51,6 +51,8 @@ class RecurrentExplosion(Rule):
         "loss-spike",
         "loss-oscillation",
         "loss-plateau",
+        "learning-rate-too-high",
+        "dead-units",
     )
     remedies: ClassVar[tuple[str, ...]] = ("clip-gradient-norm", "reinitialize-layers", "lower-learning-rate")
 

@@ -42,7 +42,13 @@ class SoftmaxOverOneUnit(Rule):
 
     stage: ClassVar[Stage] = "output"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
-    explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
+    explains: ClassVar[tuple[str, ...]] = (
+        "no-gradient",
+        "loss-plateau",
+        "vanishing-gradients",
+        "flat-loss",
+        "undertrained",
+    )
     remedies: ClassVar[tuple[str, ...]] = ("remove-output-activation",)
 
     entries: int = 2

@@ -66,6 +66,10 @@ class UnscaledInputs(Rule):
         "vanishing-gradients",
         "nonfinite-values",
         "no-gradient",
+        "learning-rate-too-high",
+        "saturating-activations",
+        "dead-units",
+        "undertrained",
     )
     remedies: ClassVar[tuple[str, ...]] = ("standardize-inputs", "insert-normalization", "lower-learning-rate")
 

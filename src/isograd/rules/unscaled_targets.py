@@ -56,6 +56,8 @@ class UnscaledTargets(Rule):
         "loss-oscillation",
         "exploding-gradients",
         "nonfinite-values",
+        "learning-rate-too-high",
+        "dead-units",
     )
     remedies: ClassVar[tuple[str, ...]] = ("standardize-targets", "lower-learning-rate")
 

@@ -43,7 +43,7 @@ class ZeroInitialization(Rule):
 
     stage: ClassVar[Stage] = "initialization"
     needs: ClassVar[tuple[str, ...]] = ("weight_norm", "grad_max")
-    explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
+    explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients", "dead-units")
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers",)
 
     tensors: int = 2
