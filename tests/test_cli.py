@@ -129,7 +129,7 @@ def test_version(capsys):
         (["run", "--fail-on", "bad", "x.py"], "'bad' is not one of 'info', 'warning', 'error'"),
         (["run", "x.py"], "There is no script x.py"),
         (["run", "-m", "no_such_module_here"], "There is no module named no_such_module_here"),
-        (["explain", "dead-unit"], "'dead-unit' is no symptom, cause or statistic; did you mean dead-units"),
+        (["explain", "dead-unit"], "'dead-unit' is no symptom, cause, remedy or statistic; did you mean dead-units"),
         (["diagnose"], "no run has been recorded in isograd-runs"),
         (["diagnose", "nothing-here"], "no run in isograd-runs is called 'nothing-here'"),
     ],
@@ -499,3 +499,33 @@ def test_levels_of_the_command_line_are_those_of_the_rules():
     option = next(o for o in cli.commands["run"].params if o.name == "fail_on")
 
     assert list(LEVELS) == list(option.type.choices)
+
+
+# ---- treat ----------------------------------------------------------------------------------------------------------
+
+
+def test_treat_proposes_what_apply_takes(capsys, sick):
+    """A sick run gets proposals in order, each with the code to paste; JSON says the same, with the score."""
+    status, out, err = said(capsys, "treat", sick)
+    _, as_json, _ = said(capsys, "treat", "--json", sick)
+
+    told = json.loads(as_json)["treatments"]
+    assert (1, "") == (status, err)
+    assert [line.split()[1] for line in out.splitlines() if line[:1].isdigit()] == [t["treatment"] for t in told]
+    assert all(t["code"] for t in told)
+    assert [t["score"] for t in told] == sorted((t["score"] for t in told), reverse=True)
+
+
+def test_treat_leaves_a_healthy_run_alone(capsys, healthy):
+    """A healthy run has nothing to treat."""
+    assert (0, "Nothing to treat: no fault was found in 200 steps.\n", "") == said(capsys, "treat", healthy)
+
+
+def test_a_remedy_has_a_page(capsys):
+    """`explain` tells a remedy's risks, the causes that it treats, and its options as --apply takes them."""
+    status, out, _ = said(capsys, "explain", "clip-gradient-norm")
+
+    assert 0 == status
+    assert "Risks" in out
+    assert "Treats: recurrent-explosion" in out
+    assert "as in --apply clip-gradient-norm:option=value\n  max_norm = 1.0" in out

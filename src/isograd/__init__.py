@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from isograd._errors import UnhealthyRun as UnhealthyRun
     from isograd._errors import UnknownName as UnknownName
     from isograd._history import History as History
+    from isograd._preflight import preflight as preflight
     from isograd._recorded import diagnose as diagnose
     from isograd._recorded import open_run as open_run
+    from isograd._remedy import Remedy as Remedy
+    from isograd._remedy import Treatment as Treatment
     from isograd._rule import Evidence as Evidence
     from isograd._rule import Finding as Finding
     from isograd._rule import Rule as Rule
     from isograd._runs import Run as Run
+    from isograd._treat import treat as treat
     from isograd._watch import Watch as Watch
     from isograd._watch import watch as watch
 
@@ -36,17 +40,21 @@ __all__ = [
     "Finding",
     "History",
     "IsogradError",
+    "Remedy",
     "Rule",
     "Run",
     "RunNotFound",
     "RunUnreadable",
     "ScriptError",
+    "Treatment",
     "UnhealthyRun",
     "UnknownName",
     "Watch",
     "__version__",
     "diagnose",
     "open_run",
+    "preflight",
+    "treat",
     "watch",
 ]
 
@@ -56,16 +64,20 @@ _HOME = {
     "Finding": "_rule",
     "History": "_history",
     "IsogradError": "_errors",
+    "Remedy": "_remedy",
     "Rule": "_rule",
     "Run": "_runs",
     "RunNotFound": "_errors",
     "RunUnreadable": "_errors",
     "ScriptError": "_errors",
+    "Treatment": "_remedy",
     "UnhealthyRun": "_errors",
     "UnknownName": "_errors",
     "Watch": "_watch",
     "diagnose": "_recorded",
     "open_run": "_recorded",
+    "preflight": "_preflight",
+    "treat": "_treat",
     "watch": "_watch",
 }
 

@@ -1,7 +1,7 @@
 """The command line: arguments -> public functions -> exit status. What is said is in `_report.py`.
 
-Statuses: `run` ends with the script's own, or 3 when `--fail-on` asks for it; `diagnose` with 0 healthy, 1 causes,
-2 cannot; the others with 0 or 2. A user's mistake is one sentence on stderr and status 2.
+Statuses: `run` ends with the script's own, or 3 when `--fail-on` asks for it; `diagnose` and `preflight` with 0
+healthy, 1 causes, 2 cannot; the others with 0 or 2. A user's mistake is one sentence on stderr and status 2.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from isograd._errors import IsogradError
 
 if TYPE_CHECKING:
     from isograd._diagnose import Diagnosis
+    from isograd._history import History
     from isograd._runs import Run
     from isograd._settings import Settings
 
@@ -135,10 +136,54 @@ def diagnose(*, run: str | None, as_json: bool, verbose: bool) -> int:
     return 0 if diagnosis.healthy else 1
 
 
+@cli.command(short_help="Say what could be done about a recorded run.")
+@click.argument("run", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON of schema 1.")
+def treat(*, run: str | None, as_json: bool) -> int:
+    """Propose treatments for the causes found in RUN, best first, each with the code to paste. None is tried."""
+    from isograd._report import proposals
+    from isograd._terminal import show
+    from isograd._treat import treat as propose
+
+    opened, diagnosis = _diagnosed(run, _settings())
+    found = propose(diagnosis)
+    if as_json:
+        told = [treatment.to_dict() for treatment in found]
+        _print_json({"schema": 1, "run": opened.id, "healthy": diagnosis.healthy, "treatments": told})
+    else:
+        show(proposals(diagnosis, found), sys.stdout)
+    return 0 if diagnosis.healthy else 1
+
+
+@cli.command(short_help="Say what is wrong with a model before its first step.")
+@click.argument("target")
+@click.option("--input", "shape", metavar="SHAPE", help="Try it on a random batch of this shape, as 64x1x28x28.")
+@click.option("--no-sharpness", is_flag=True, help="Leave out the curvature of the loss, which takes the longest.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON of schema 1.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell everything: all evidence, notes, and what was not measured.")
+def preflight(*, target: str, shape: str | None, no_sharpness: bool, as_json: bool, verbose: bool) -> int:
+    """Say what is wrong with a model before its first step: from its structure, and from one batch.
+
+    TARGET is module:callable or file.py:callable; called without arguments, it returns a model, or (model, batch), or
+    (model, batch, loss_fn), or (model, batch, loss_fn, optimizer). Nothing of it is changed.
+    """
+    from isograd._preflight import preflight_target
+
+    try:
+        diagnosis = preflight_target(target, shape=shape, sharpness=not no_sharpness)
+    except ValueError as error:
+        raise IsogradError(f"{error}.") from None
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    else:
+        _show(diagnosis, diagnosis.histories, file=sys.stdout, verbose=verbose)
+    return 0 if diagnosis.healthy else 1
+
+
 @cli.command()
 @click.argument("name")
 def explain(*, name: str) -> int:
-    """Explain a symptom, cause or statistic by its NAME."""
+    """Explain a symptom, cause, remedy or statistic by its NAME."""
     from isograd import _explain
     from isograd._terminal import show
 
@@ -190,10 +235,14 @@ def _diagnosed(recorded: Run | str | Path | None, settings: Settings) -> tuple[R
 
 
 def _show_verdict(opened: Run, diagnosis: Diagnosis, *, file: Any, verbose: bool) -> None:
+    _show(diagnosis, opened.histories, file=file, verbose=verbose)
+
+
+def _show(diagnosis: Diagnosis, histories: Sequence[History], *, file: Any, verbose: bool) -> None:
     from isograd._report import verdict
     from isograd._terminal import show
 
-    show(verdict(diagnosis, opened.histories, verbose=verbose), file)
+    show(verdict(diagnosis, histories, verbose=verbose), file)
 
 
 def _print_json(value: object) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from isograd._errors import UnhealthyRun
+from isograd._forecast import Preflight
 from isograd._history import History
 from isograd._rule import LEVELS, STAGES, Evidence, Finding, Level, Options, Rule, Unmeasured
 from isograd._statistics import STATISTICS
@@ -54,6 +55,10 @@ class Diagnosis:
     causes: tuple[Cause, ...] = ()
     unmeasured: tuple[Unmeasured, ...] = ()
     overhead: float | None = None
+    histories: tuple[History, ...] = field(default=(), repr=False, compare=False)
+    """What it was drawn from: a treatment depends on it."""
+    preflight: Preflight | None = None
+    """What `isograd.preflight` found; None for a run."""
 
     @property
     def healthy(self) -> bool:
@@ -67,7 +72,8 @@ class Diagnosis:
         return tuple(cause for cause in self.causes if LEVELS.index(cause.finding.level) >= LEVELS.index(level))
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as JSON values, schema 1."""
+        """The diagnosis as JSON values, schema 1; that of a preflight has its facts under "preflight"."""
+        facts = {} if self.preflight is None else {"preflight": self.preflight.to_dict()}
         return {
             "schema": SCHEMA,
             "run": self.run,
@@ -77,6 +83,7 @@ class Diagnosis:
             "overhead": self.overhead,
             "causes": [cause.to_dict() for cause in self.causes],
             "unmeasured": [{"rule": u.rule, "missing": u.missing, "why": u.why} for u in self.unmeasured],
+            **facts,
         }
 
     def raise_for_findings(self, level: Level = "warning") -> None:
@@ -89,7 +96,9 @@ class Diagnosis:
 
     def _lines(self) -> Iterator[str]:
         seen = f"{self.steps} steps of {', '.join(self.subjects) or 'no model'}"
+        seen = seen if self.preflight is None else "a model before its first step"
         yield f"healthy: no fault found in {seen}" if self.healthy else f"not healthy: {seen}"
+        yield from () if self.preflight is None else self.preflight.sentences()
         for cause in self.causes:
             finding = cause.finding
             where = f"   {finding.layers[0]}" if finding.layers else ""
@@ -130,6 +139,7 @@ def diagnose(
         causes=tuple(sorted(causes, key=_rank)),
         unmeasured=tuple(dict.fromkeys(unmeasured)),
         overhead=overhead,
+        histories=subjects,
     )
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from isograd._chart import Sparkline, depth_profile, number
 from isograd._diagnose import Cause, Diagnosis
 from isograd._history import History
+from isograd._remedy import Treatment
 from isograd._rule import LEVELS, Evidence, Finding
 from isograd._runs import RunSummary
 from isograd._schedule import ALLOWANCE
@@ -36,6 +37,26 @@ def verdict(diagnosis: Diagnosis, histories: Sequence[History] = (), *, verbose:
     return Verdict(diagnosis=diagnosis, histories=tuple(histories), verbose=verbose)
 
 
+def proposals(diagnosis: Diagnosis, treatments: Sequence[Treatment]) -> RenderableType:
+    """Treatments in their order: what each is for, what `--apply` takes, and the code to paste."""
+    if diagnosis.healthy:
+        return Text(f"Nothing to treat: no fault was found in {diagnosis.steps} steps.")
+    if not treatments:
+        names = ", ".join(cause.finding.name for cause in diagnosis.at_least("warning"))
+        return Text(f"isograd knows no treatment for {names}; `isograd explain` tells what to look at.")
+    rows: list[RenderableType] = []
+    for number_, treatment in enumerate(treatments, 1):
+        rows.append(
+            Text.assemble(f"{number_}. ", (str(treatment), "bold"), f"   for {treatment.cause}", _consent(treatment))
+        )
+        rows.append(Padding(Text(treatment.code), (0, 0, 1, 3)))
+    return Group(*rows)
+
+
+def _consent(treatment: Treatment) -> str:
+    return {"automatic": "", "opt-in": "   (opt-in)", "advice": "   (advice)"}[treatment.applicability]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The parts of a verdict in their order; see `verdict`."""
@@ -47,7 +68,8 @@ class Verdict:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = is_plain(console, options)
         yield self._headline()
-        for history in self.histories:
+        yield from self._facts(plain)
+        for history in self.histories if self.diagnosis.preflight is None else ():
             yield from self._loss(history, plain)
             yield from (said(line, plain=plain) for line in _happenings(history))
         # The picture stands above the words: on a small terminal the causes and the next commands stay in sight.
@@ -64,6 +86,8 @@ class Verdict:
 
     def _headline(self) -> Text:
         seen = f"{self.diagnosis.steps} steps of {_listed(self.diagnosis.subjects, 4)}"
+        if self.diagnosis.preflight is not None:
+            seen = "a model before its first step"
         overhead = self._overhead()
         if self.diagnosis.healthy:
             looked = len(RULES) - len({u.rule for u in self.diagnosis.unmeasured})
@@ -76,6 +100,11 @@ class Verdict:
         return Text.assemble(
             "isograd: ", ("not healthy", style), f", {counted}", (causes[0].name, style), f".{overhead}"
         )
+
+    def _facts(self, plain: bool) -> Iterator[RenderableType]:
+        if self.diagnosis.preflight is not None:
+            for sentence in self.diagnosis.preflight.sentences():
+                yield Padding(said(sentence, plain=plain), (0, 0, 0, 2))
 
     def _overhead(self) -> str:
         share = self.diagnosis.overhead

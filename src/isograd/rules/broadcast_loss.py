@@ -36,7 +36,7 @@ class BroadcastLoss(Rule):
         pairwise distances and quantile losses do. One prediction for the whole batch, a single number, is meant.
 
     Remedies
-        standardize-targets
+        match-shapes
 
     References
         PyTorch's own warning in mse_loss ("Using a target size that is different to the input size"); deepset
@@ -46,7 +46,7 @@ class BroadcastLoss(Rule):
     stage: ClassVar[Stage] = "output"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
     explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "undertrained")
-    remedies: ClassVar[tuple[str, ...]] = ()
+    remedies: ClassVar[tuple[str, ...]] = ("match-shapes",)
 
     growth: float = 2.0
 

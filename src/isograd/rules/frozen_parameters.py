@@ -32,7 +32,7 @@ class FrozenParameters(Rule):
         The loss falls: fine-tuning a head, adapters, and probes are meant to leave the rest alone.
 
     Remedies
-        raise-learning-rate
+        unfreeze-parameters
 
     References
         Alain & Bengio 2016, Understanding intermediate layers using linear classifier probes, arXiv:1610.01644
@@ -43,7 +43,7 @@ class FrozenParameters(Rule):
     needs: ClassVar[tuple[str, ...]] = ("loss", "grad_max")
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
     explains: ClassVar[tuple[str, ...]] = ("loss-plateau",)
-    remedies: ClassVar[tuple[str, ...]] = ()
+    remedies: ClassVar[tuple[str, ...]] = ("unfreeze-parameters",)
 
     share: float = 0.5
 

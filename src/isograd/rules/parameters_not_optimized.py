@@ -35,7 +35,7 @@ class ParametersNotOptimized(Rule):
         parameters of a second model belong to its own optimizer.
 
     Remedies
-        None of those that change a model or an optimizer: hand the parameters to the optimizer.
+        register-parameters
 
     References
         PyTorch documentation of ModuleList; PyTorch issue 715; microsoft/nni, issue 4521 (layers replaced after the
@@ -52,7 +52,7 @@ class ParametersNotOptimized(Rule):
         "parameters-unreached",
         "undertrained",
     )
-    remedies: ClassVar[tuple[str, ...]] = ()
+    remedies: ClassVar[tuple[str, ...]] = ("register-parameters",)
 
     tensors: int = 1
 

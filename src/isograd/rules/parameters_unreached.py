@@ -37,7 +37,7 @@ class ParametersUnreached(Rule):
         frozen, or padding fills the rest of sequences that hold something else.
 
     Remedies
-        reinitialize-layers
+        reconnect-graph
 
     References
         PyTorch documentation of Tensor.detach and of Embedding (padding_idx); ibalazevic/TuckER, issue 17.
@@ -47,7 +47,7 @@ class ParametersUnreached(Rule):
     needs: ClassVar[tuple[str, ...]] = ("grad_max",)
     uses: ClassVar[tuple[str, ...]] = ("grad_nonfinite", "loss", "loss_nonfinite", "padding_fraction")
     explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
-    remedies: ClassVar[tuple[str, ...]] = ()
+    remedies: ClassVar[tuple[str, ...]] = ("reconnect-graph",)
 
     patience: int = 10
     padding: float = 0.01

@@ -1,0 +1,51 @@
+"""`clip-gradient-adaptively`: a remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from isograd import _changes
+from isograd._changes import Change
+from isograd._history import History
+from isograd._remedy import Remedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipGradientAdaptively(Remedy):
+    """Clip each unit's gradient to a share of the norm of its weights (adaptive gradient clipping).
+
+    What it does
+        For each output unit i: g_i <- g_i ratio max(|W_i|, 1e-3) / |g_i| where that is shorter. The last layer is left
+        out.
+
+    When it helps
+        Large rates and batches in networks without normalization; layers whose gradients are of very different scale.
+
+    Risks
+        Another hyperparameter, and a slower start where weights are small.
+
+    Prediction
+        `update_ratio` falls where it was largest.
+
+    Sources
+        Brock et al. 2021, arXiv:2102.06171 (ratio 0.01, epsilon 1e-3).
+    """
+
+    treats: ClassVar[tuple[str, ...]] = ("learning-rate-too-high", "initialization-too-large")
+    predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("update_ratio", "down")
+
+    ratio: float = 0.01
+
+    def changes(self, history: History) -> tuple[Change, ...]:
+        return (_changes.ClipGradients(method="adaptive", limit=self.ratio),)
+
+    def code(self, history: History) -> str:
+        return (
+            "loss.backward()\n"
+            f"for w in [p for p in {history.subject}.parameters() if p.grad is not None and p.dim() > 1][:-1]:\n"
+            "    axes = tuple(range(1, w.dim()))\n"
+            f"    limit = {self.ratio:g} * w.detach().norm(dim=axes, keepdim=True).clamp_min(1e-3)\n"
+            "    w.grad.mul_((limit / w.grad.norm(dim=axes, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))\n"
+            "optimizer.step()"
+        )

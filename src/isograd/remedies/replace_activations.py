@@ -1,0 +1,73 @@
+"""`replace-activations`: a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from isograd import _changes
+from isograd._changes import Change
+from isograd._history import History
+from isograd._program import BOUNDED, hidden_activations, kinds, main_activation
+from isograd._remedy import Inapplicable, Remedy
+from isograd._rule import Finding
+
+_TYPES = {"relu": "ReLU", "leaky-relu": "LeakyReLU", "elu": "ELU", "gelu": "GELU", "silu": "SiLU", "tanh": "Tanh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceActivations(Remedy):
+    """Put another activation in the place of the hidden ones.
+
+    What it does
+        Bounded activations (sigmoid, tanh, hardtanh, softsign), or rectifiers that die, become `target`; the output's
+        stays.
+
+    When it helps
+        Saturation: a sigmoid's slope is at most 1/4, so n layers lose at least a factor 4^n where weights are of unit
+        gain. Dead units: a leaky slope lets them come back.
+
+    Risks
+        The weights' scale has to fit the new activation (see reinitialize-layers); outputs are no longer bounded.
+
+    Prediction
+        `activation_slope` rises, `dead_fraction` and `saturation` fall.
+
+    Sources
+        Glorot, Bordes & Bengio 2011; Maas et al. 2013; Hendrycks & Gimpel 2016, arXiv:1606.08415; Clevert et al. 2016.
+    """
+
+    treats: ClassVar[tuple[str, ...]] = ("saturating-activations", "dead-units", "recurrent-vanishing")
+    predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("activation_slope", "up")
+
+    target: str = "relu"
+
+    def __post_init__(self) -> None:
+        if self.target not in _TYPES:
+            raise ValueError(f"replace-activations: target is one of {', '.join(_TYPES)}, not {self.target!r}")
+
+    @classmethod
+    def candidates(cls, history: History, cause: Finding | None = None) -> Iterator[Remedy]:
+        if main_activation(history) in BOUNDED:
+            yield cls()
+            yield cls(target="gelu")
+        else:
+            yield cls(target="leaky-relu")
+            yield cls(target="gelu")
+
+    def changes(self, history: History) -> tuple[Change, ...]:
+        present = {layer.kind for layer in hidden_activations(history)} - {self.target}
+        sources = tuple(sorted(present & {*BOUNDED, "relu", "elu", "gelu", "silu"}))
+        if not sources:
+            seen = ", ".join(sorted(kinds(history))) or "none"
+            raise Inapplicable(f"No hidden activation to replace with {self.target}: layers seen are {seen}.")
+        return (_changes.ReplaceActivations(sources=sources, target=self.target),)
+
+    def code(self, history: History) -> str:
+        lines = [
+            f"{layer.name}: {layer.type} -> torch.nn.{_TYPES[self.target]}()"
+            for layer in hidden_activations(history)
+            if layer.kind != self.target
+        ]
+        return "\n".join(f"# {line}" for line in lines)
