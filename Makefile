@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench cases clean
 
 demo: .venv/demo
 	@$(BIN)/isograd demo
@@ -17,6 +17,10 @@ lint: .venv/dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+# `make cases RESCORE=1` judges what was recorded before by the rules as they are now.
+cases: .venv/dev
+	@$(BIN)/python cases/score.py $(if $(RESCORE),--rescore)
 
 # In its own environment: what it compares with (wandb, TensorBoard, Lightning) is no part of isograd's development.
 bench: .bench-venv/installed

@@ -231,7 +231,7 @@ def test_a_missing_statistic_is_told_with_its_reason():
     missed = {(u.rule, u.missing, u.why) for u in diagnose([history]).unmeasured}
 
     why = "the optimizer is compiled"
-    rules = ("learning-rate-too-high", "learning-rate-too-low", "undertrained")
+    rules = ("learning-rate-too-high", "learning-rate-too-low", "symmetric-initialization", "undertrained")
     assert {(rule, "update_ratio", why) for rule in rules} == missed
 
 

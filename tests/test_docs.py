@@ -90,7 +90,7 @@ def test_every_option_of_run_is_a_setting():
     options = {p.name for p in cli.commands["run"].params if isinstance(p, click.Option)}
     settings = {field.name for field in fields(Settings)}
 
-    assert {"fail_on", "module"} == options - settings
+    assert {"fail_on", "module", "treatments"} == options - settings
     assert {"rules", "enabled"} == settings - options
 
 

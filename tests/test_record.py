@@ -158,6 +158,7 @@ def test_layers_round_trip_in_order_of_position(facts):
             position=INF if math.isnan(p) else p,
             units=3,
             shape=tuple(shape),
+            dtype="float16" if i % 2 else "",
         )
         for i, (name, p, shape) in enumerate(facts)
     ]
@@ -1026,6 +1027,20 @@ def test_the_file_can_be_read_with_sqlite_alone(create):
             "WHERE step = 7 AND statistic = 'clip_factor'"
         ).fetchall()
         assert [2.0] == np.frombuffer(blob, "<f8").tolist()
+
+
+def test_a_run_written_before_layers_had_a_type(create):
+    """A file whose table of layers has no type of the output is read, the type left open."""
+    file = create()
+    file.add_layers("model", [Layer(name="fc", kind="linear", shape=(8, 2), dtype="float16")])
+    file.write_row("model", 0, "deep", {"output_rms": [0.5]})
+    file.close()
+    with closing(sqlite3.connect(file.path / "run.db")) as connection:
+        connection.execute("ALTER TABLE layers DROP COLUMN dtype")
+    (history,) = read_run(file.path).histories
+
+    assert (Layer(name="fc", kind="linear", shape=(8, 2)),) == history.layers
+    assert [[0.5]] == history["output_rms"].values.tolist()
 
 
 # ---- finding runs -------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ import isograd
 from isograd import _watch
 from isograd._record import RunFile
 from isograd._schedule import Schedule
-from isograd.frameworks.torch import _calls, _describe, _kernels, _taps, _trace
+from isograd.frameworks.torch import _calls, _describe, _kernels, _nonfinite, _taps, _trace
 from isograd.frameworks.torch._observe import Observer
 from isograd.frameworks.torch._parameters import ParameterReading
 from isograd.frameworks.torch._row import Row
+from isograd.frameworks.torch._writer import Writer
 
 STEPS = 5
 
@@ -40,13 +41,13 @@ POINTS = {
     "graph": (_trace, "read_graph"),
     "operation": (_trace, "read_operation"),
     "activation": (_kernels, "activation"),
-    "nonfinite": (_trace, "first_bad_operation"),
+    "nonfinite": (_nonfinite, "first_bad_operation"),
     "gradients": (ParameterReading, "read_gradients"),
     "weights": (ParameterReading, "read_weights"),
     "update": (ParameterReading, "read_update"),
     "commit": (Observer, "_commit"),
     "row": (Row, "send"),
-    "write": (Observer, "_write"),
+    "write": (Writer, "_write"),
     "layers": (_describe, "walk"),
     "write_row": (RunFile, "write_row"),
     "write_profile": (RunFile, "write_profile"),

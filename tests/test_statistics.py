@@ -669,7 +669,8 @@ def test_signals(signals):
     bad = np.sum(~np.isfinite(values))
 
     assert bad == column(history, "signal_nonfinite", "layer")
-    agree(math.nan if bad else norm_of(values, double=double), column(history, "signal_norm", "layer"), values)
+    lengths = np.array([norm_of(entries(signal), double=double) for signal in signals])  # together in float64
+    agree(math.nan if bad else math.sqrt(sum(lengths**2)), column(history, "signal_norm", "layer"), values)
     agree(math.nan if bad else np.abs(values).max(), column(history, "signal_max", "layer"))
     if len(signals) > 1 and not bad:
         profile = history.profiles["call_signal_norm"]["layer"].values[0]
@@ -857,6 +858,221 @@ def test_other_dtypes(dtype):
     read = {name: float(reading) for name, reading in calls.read_values(values, boundary=True).readings.items()}
 
     assert {"low": 0.0, "high": 1.0, "mean": pytest.approx(4 / 6), "norm": pytest.approx(2.0)}.items() <= read.items()
+
+
+# ---- rows: how much alike they are ----------------------------------------------------------------------------------
+
+
+@proves("unit_spread")
+@few
+@given(tensors(dtypes=tuple(REAL), min_dims=2, scales=(0.0, 1e-4, 1.0, 1e3), special=False, empty=False))
+@example(torch.full((7, 3), 0.1))
+@example(torch.randn(3, 1, 1).expand(3, 4, 2).contiguous())
+@example(torch.randn(4, 5) * torch.randn(4, 1))
+def test_spread_of_units(weight):
+    """RMS about the mean over units over RMS; exactly 0 for equal units, and nothing for one unit or all zeros."""
+    history, *_ = stepped([weight], [torch.zeros_like(weight)])
+    found = history["unit_spread"].values[0, 0]
+    rows = weight.double().reshape(len(weight), -1).numpy()
+    if len(rows) == 1 or not np.any(rows):
+        assert math.isnan(found)
+        return
+    expected = np.sqrt(np.mean((rows - rows.mean(0)) ** 2) / np.mean(rows**2))
+    if np.array_equal(rows, np.broadcast_to(rows[0], rows.shape)):
+        assert found == 0
+    # Sums of differences from the first unit are at most `units` times as large as the spread.
+    assert expected == pytest.approx(found, rel=1e-5, abs=1e-6 * len(rows))
+
+
+@pytest.mark.parametrize("shape", [(1000, 300), (80, 40, 3, 3), (64, 7)], ids=str)
+def test_spread_of_many_units(shape):
+    """Of large weights 64 units and 256 entries of each are read: the share of what they have in common shows."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape) + 2 * torch.randn(1, *shape[1:])
+    history, *_ = stepped([weight], [torch.zeros_like(weight)])
+    rows = weight.double().reshape(len(weight), -1).numpy()
+
+    expected = np.sqrt(np.mean((rows - rows.mean(0)) ** 2) / np.mean(rows**2))
+    assert expected == pytest.approx(history["unit_spread"].values[0, 0], rel=0.1)
+
+
+def cosine_between_rows(rows):
+    """Mean cosine between two different rows, those that are all zero left out; NaN for fewer than two."""
+    rows = rows[np.any(rows != 0, axis=1)]
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return math.nan
+    unit = rows / np.sqrt(np.sum(rows**2, axis=1, keepdims=True))
+    return np.mean((unit @ unit.T)[~np.eye(len(rows), dtype=bool)])
+
+
+@proves("row_similarity")
+@few
+@given(st.lists(tensors(min_dims=2, scales=(0.0, 1e-4, 1.0, 1e30)), min_size=1, max_size=3))
+@example([torch.full((6, 3), 0.3)])
+@example([torch.ones(5, 1), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])])
+def test_similarity_of_rows(inputs):
+    """Mean cosine between two rows of the last output with two axes: features are channels in images, else last."""
+    kept = [x for x in inputs if x.is_complex() is False]
+    assume(kept)
+    history, outputs, _ = passed(kept, [torch.ones_like(x) for x in kept])
+    outputs = [out for out in outputs if out.numel()]
+    if not outputs:
+        return
+    last = outputs[-1].detach().double()
+    rows = last.movedim(1 if last.dim() >= 4 else -1, -1).flatten(0, -2).numpy()
+
+    assert cosine_between_rows(rows) == pytest.approx(
+        column(history, "row_similarity", "layer"), rel=1e-5, abs=1e-5, nan_ok=True
+    )
+
+
+@proves("row_similarity")
+@pytest.mark.parametrize("shape, axis", [((40, 50, 300), -1), ((30, 24, 9, 8), 1), ((2000, 7), -1)], ids=str)
+def test_similarity_of_many_rows(shape, axis):
+    """Of many rows 64 are compared, and they come from everywhere: one in two that is turned around is noticed."""
+    torch.manual_seed(0)
+    common = torch.randn(shape[axis]).reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+    values = torch.randn(shape) + 2 * common
+    is_even = (torch.arange(shape[0]) % 2 == 0).reshape(-1, *[1] * (len(shape) - 1))
+    for whole in (values, torch.where(is_even, values, -values)):
+        squared, count = (float(reading) for reading in kernels.directions(kernels.some_rows(whole, axis)))
+        expected = cosine_between_rows(whole.movedim(axis, -1).flatten(0, -2).double().numpy())
+
+        assert expected == pytest.approx(calls.mean_cosine(squared, count), abs=0.1)
+
+
+@pytest.mark.parametrize("activation", [F.relu, torch.tanh, F.gelu, F.silu, F.softplus], ids=lambda f: f.__name__)
+def test_similarity_behind_functional_activations(activation):
+    """An activation that is called as a function is compared row by row as a module is."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    x = torch.randn(12, 5)
+
+    def loop():
+        activation(model(x)).square().sum().backward()
+        optimizer.step()
+
+    history = recorded(loop, model, optimizer)
+    expected = cosine_between_rows(activation(model(x).detach().double()).numpy())
+    name = next(layer.name for layer in history.layers if layer.role == "operation")
+
+    assert expected == pytest.approx(column(history, "row_similarity", name), abs=1e-5)
+
+
+@proves("distinct_values")
+@few
+@given(st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 9), st.sampled_from([(), (1,), (3,), (2, 4)]))
+def test_distinct_inputs_and_targets(seed, length, kinds, shape):
+    """How many different entries along the first axis inputs and targets have; 0 and -0 are one."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.randint(0, kinds, (length,), generator=generator)
+    values = torch.randn(kinds, *shape, generator=generator)[kind]
+    values = torch.where(torch.rand(values.shape, generator=generator) < 0.2, -0.0 * values, values)
+    model = Pass()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+
+    def loop():
+        F.mse_loss(model(values), values.clone()).backward()
+        optimizer.step()
+
+    history = recorded(loop, model, optimizer)
+    expected = len(np.unique(values.double().reshape(length, -1).numpy() + 0.0, axis=0))
+
+    assert expected == column(history, "distinct_values", "model.input")
+    assert expected == column(history, "distinct_values", "loss.target")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_distinct_values_of_every_type(dtype):
+    """Numbers of every type are told apart, and half a million of them by 256 at most."""
+    values = torch.tensor([0, 1, 1, 0, 1]).to(dtype)
+    assert 2 == float(kernels.num_distinct(kernels.real(values)))
+    assert 256 == float(kernels.num_distinct(torch.arange(524_288)))
+    assert 1 == float(kernels.num_distinct(torch.zeros(100, 50_000)))
+
+
+@pytest.mark.parametrize("affine, momentum", [(True, 0.1), (False, 0.5), (True, None)])
+@pytest.mark.parametrize("shape", [(8, 3), (4, 3, 7), (5, 3, 4, 6)], ids=str)
+@pytest.mark.parametrize("is_followed", [False, True], ids=["alone", "fused"])
+@proves("batch_statistics_gap")
+def test_batch_statistics(shape, affine, momentum, is_followed):
+    """How far each batch is from the running statistics as they were before it."""
+    torch.manual_seed(0)
+    cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
+    bases = (type("Normalized", (cls,), {"forward": lambda self, x: cls.forward(self, x).tanh()}), cls)
+    model = nn.ModuleDict({"scale": Pass(), "norm": bases[not is_followed](3, affine=affine, momentum=momentum)})
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    expected = []
+
+    def loop():
+        for step in range(4):
+            x = torch.randn(shape) * (step + 1) + step
+            norm = model["norm"]
+            mean = x.double().movedim(1, 0).reshape(3, -1).mean(1)
+            apart = (mean - norm.running_mean.double()) / (norm.running_var.double() + norm.eps).sqrt()
+            expected.append(float(apart.square().mean().sqrt()))
+            norm(model["scale"](x)).square().sum().backward()
+            optimizer.step()
+
+    history = recorded(loop, model, optimizer)
+    if momentum is None:
+        expected[0] = math.nan  # a first batch replaces the running statistics: what was before it is lost
+    found = [column(history, "batch_statistics_gap", "norm", row) for row in range(4)]
+
+    assert expected == pytest.approx(found, rel=2e-3, nan_ok=True)
+
+
+def test_batch_statistics_of_a_large_batch():
+    """Where the graph does not hold them, the batch's statistics are estimated from rows, within their noise."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, 20, 20) * 3 + 1
+    mean, variance = kernels.channel_moments(x)
+
+    assert 64 * 400 > 16384 // 16
+    assert torch.allclose(mean, torch.full((16,), 1.0), atol=4 * 3 / math.sqrt(1024))
+    assert torch.allclose(variance, torch.full((16,), 9.0), rtol=4 * math.sqrt(2 / 1024))
+
+
+@proves("signal_zero_fraction")
+@few
+@given(st.lists(tensors(dtypes=(torch.float32, torch.float64), empty=False, special=False), min_size=1, max_size=3))
+def test_share_of_zero_signals(signals):
+    """The share of exactly zero entries of the gradients that come back to a layer, all calls together."""
+    history, _, gradients = passed([torch.ones_like(s) for s in signals], signals)
+
+    agree(np.mean(entries(*gradients) == 0), column(history, "signal_zero_fraction", "layer"))
+
+
+@proves("graph_nodes")
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "carried"])
+def test_nodes_of_a_graph(detach):
+    """How many nodes the loss depends on: the same at every step, unless a state drags its past along."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    counts = []
+
+    def nodes(node, seen):
+        if node is not None and node not in seen:
+            seen.add(node)
+            for below, _ in node.next_functions:
+                nodes(below, seen)
+        return len(seen)
+
+    def loop():
+        state = torch.zeros(1, 3)
+        for _ in range(5):
+            state = 0.5 * (state.detach() if detach else state) + layer(torch.randn(1, 2)).tanh()
+            loss = state.square().sum()
+            counts.append(nodes(loss.grad_fn, set()))
+            loss.backward(retain_graph=True)
+            optimizer.step()
+
+    history = recorded(loop, layer, optimizer)
+
+    assert counts == history["graph_nodes"].values.tolist()
+    assert detach == (counts[1] == counts[4])
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from isograd import __version__
 from isograd._errors import IsogradError
 
 if TYPE_CHECKING:
+    from isograd._changes import Change
     from isograd._diagnose import Diagnosis
     from isograd._history import History
+    from isograd._remedy import Remedy
     from isograd._runs import Run
     from isograd._settings import Settings
 
@@ -60,9 +62,11 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@cli.command(
-    short_help="Run a script, watch it train, say what is wrong.", context_settings={"allow_interspersed_args": False}
-)
+_OWN_ARGUMENTS = {"allow_interspersed_args": False}
+"""What follows the script belongs to the script."""
+
+
+@cli.command(short_help="Run a script, watch it train, say what is wrong.", context_settings=_OWN_ARGUMENTS)
 @click.option("--steps", type=int, metavar="N", help="End the run cleanly after N optimizer steps.")
 @click.option("--every", type=int, metavar="K", help="Read the deep tier at least every K steps.")
 @click.option("--seed", type=int, metavar="S", help="Seed Python, NumPy and the framework before the script starts.")
@@ -74,10 +78,19 @@ def cli(context: click.Context) -> None:
     metavar="LEVEL",
     help="Exit with status 3 if a cause reaches LEVEL: info, warning or error.",
 )
+@click.option(
+    "--apply",
+    "treatments",
+    multiple=True,
+    metavar="REMEDY[:k=v,…]",
+    help="Train with this remedy applied, as `isograd treat` names it; may be given several times.",
+)
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run(*, script: str, args: tuple[str, ...], module: bool, fail_on: str | None, **asked: Any) -> int:
+def run(
+    *, script: str, args: tuple[str, ...], module: bool, fail_on: str | None, treatments: tuple[str, ...], **asked: Any
+) -> int:
     """Run SCRIPT unchanged with ARGS, watch it train, and say what is wrong.
 
     Everything after SCRIPT belongs to the script. isograd speaks on stderr; the exit status is the script's own.
@@ -98,6 +111,7 @@ def run(*, script: str, args: tuple[str, ...], module: bool, fail_on: str | None
         seed=settings.seed,
         out=settings.out,
         budget=settings.budget,
+        changes=_changes_of(treatments, script if module else Path(script).name, settings) if treatments else (),
     )
     # What the script made of these is over: a module of its own could have the name of one that is imported next.
     sys.stderr, sys.path[:] = stderr, path
@@ -105,6 +119,47 @@ def run(*, script: str, args: tuple[str, ...], module: bool, fail_on: str | None
         click.echo(f"isograd: {outcome.note}", err=True)
     failed = outcome.run is not None and _tell(outcome.run, settings, fail_on=fail_on)
     return _FAILED_ON if failed else outcome.status
+
+
+def _changes_of(texts: Sequence[str], script: str, settings: Settings) -> tuple[Change, ...]:
+    """What `--apply` asks for in a program, as the last untreated run of the same script has shown it."""
+    from isograd._history import History
+    from isograd._runs import list_runs, read_run
+    from isograd._treat import parse
+
+    remedies = [_parsed(parse, text) for text in texts]
+    runs = (read_run(one.path) for one in reversed(list_runs(settings.out)) if one.script == script and one.steps)
+    seen = next((run.histories for run in runs if not any(_is_treated(history) for history in run.histories)), ())
+    found: list[Change] = []
+    for remedy in remedies:
+        attempts = [_resolved(remedy, history) for history in seen or (History(),)]
+        whys = [attempt for attempt in attempts if isinstance(attempt, str)]
+        if len(whys) == len(attempts):
+            unseen = "" if seen else f" isograd has not seen {script} train yet: run it once without --apply."
+            raise IsogradError(f"{remedy} has no place here: {whys[0]}{unseen}")
+        found += [change for attempt in attempts if not isinstance(attempt, str) for change in attempt]
+    return tuple(dict.fromkeys(found))
+
+
+def _resolved(remedy: Remedy, history: History) -> tuple[Change, ...] | str:
+    """What it changes in a program, or why it has no place there."""
+    from isograd._remedy import Inapplicable
+
+    try:
+        return remedy.changes(history)
+    except Inapplicable as why:
+        return str(why)
+
+
+def _parsed(parse: Callable[[str], Remedy], text: str) -> Remedy:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise IsogradError(f"{str(error).rstrip('.')}.") from None
+
+
+def _is_treated(history: History) -> bool:
+    return any(event.kind == "treatment-applied" for event in history.events)
 
 
 def _tell(recorded: Path | Run, settings: Settings, *, fail_on: str | None) -> bool:
@@ -178,6 +233,61 @@ def preflight(*, target: str, shape: str | None, no_sharpness: bool, as_json: bo
     else:
         _show(diagnosis, diagnosis.histories, file=sys.stdout, verbose=verbose)
     return 0 if diagnosis.healthy else 1
+
+
+@cli.command(short_help="Try treatments on a script and say which of them helps.", context_settings=_OWN_ARGUMENTS)
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="End every run after N optimizer steps.")
+@click.option("--seeds", type=click.IntRange(2, 10), default=3, metavar="K", help="Pairs of runs that verify (3).")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="J", help="Runs at once (default: the number of cores).")
+@click.option("--all", "every", is_flag=True, help="Try every remedy of the catalogue that has a place here.")
+@click.option("--limit", type=float, default=600.0, metavar="S", help="End a run after S seconds (600).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON of schema 1.")
+@click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def fix(
+    *,
+    script: str,
+    args: tuple[str, ...],
+    module: bool,
+    as_json: bool,
+    jobs: int | None,
+    every: bool,
+    **how: Any,
+) -> int:
+    """Run SCRIPT, say what is wrong, try treatments side by side with it, and print what was measured to help.
+
+    The script runs several times in the current folder: what it writes, each run writes.
+    """
+    from isograd._fix import fix as search
+    from isograd._launch import check_script
+    from isograd._terminal import show
+    from isograd._trial import Program, available_memory
+    from isograd._trial_progress import StageProgress
+    from isograd._trial_table import FixTable
+
+    check_script(script, module=module)
+    settings, cores = _settings(), os.cpu_count() or 1
+    jobs = jobs or cores
+    memory = available_memory()
+    with StageProgress(sys.stderr) as progress:
+        found = search(
+            Program(args=(script, *args), module=module),
+            jobs=jobs,
+            every=every,
+            threads=max(1, cores // jobs),
+            memory=None if memory is None else memory // jobs,
+            options=settings.rules,
+            report=progress.report,
+            **how,
+        )
+    if not found.diagnosis.steps:
+        raise IsogradError(f"{script} cannot be treated: {found.error}.")
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        show(FixTable(fix=found), sys.stdout)
+    return 0 if found.best is not None else 1
 
 
 @cli.command()

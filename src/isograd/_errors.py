@@ -5,7 +5,7 @@ IsogradError
 ├── RunUnreadable      the run file exists and cannot be understood
 ├── UnhealthyRun       a diagnosis has a cause at or above the level that was asked for
 ├── UnknownName        no symptom, cause, remedy or statistic has that name
-└── ScriptError        the script to be run does not exist or cannot be compiled
+└── ScriptError        the script or callable to be run does not exist, cannot be compiled or does not do its part
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ class UnknownName(IsogradError):
 
 
 class ScriptError(IsogradError):
-    """The script or module to be run does not exist or has a syntax error."""
+    """The script, module or callable to be run does not exist, has an error, or returns what cannot be used."""

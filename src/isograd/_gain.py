@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from isograd._depth import ACTIVATIONS, NORMALIZATIONS, columns_of, weight_parameters
 from isograd._history import Floats, History, Series
+from isograd._loss_graph import loss_graphs
 from isograd._robust import log10_positive, median
 from isograd._theory import KINDS, critical_std
 
@@ -62,8 +63,14 @@ def _span(values: Floats) -> float:
 
 
 def initial_gain(history: History) -> Gain | None:
-    """The chain at the first deep reading, or None: under three layers, a normalization between, or nothing read."""
+    """The chain at the first deep reading, or None: under three layers, a normalization between, or nothing read.
+
+    None, too, where every other layer or more averages over rows (graph networks): the theory is one of rows that never
+    meet, and what is lost there is not the weights' doing.
+    """
     columns = columns_of(history, frozenset({"linear", "conv"}))
+    if any(2 * graph.mixings >= len(columns) for graph in loss_graphs(history) if graph.mixings):
+        return None
     norms, outputs = history.series.get("weight_norm"), history.series.get("output_rms")
     if len(columns) < 3 or norms is None or outputs is None or len(columns_of(history, NORMALIZATIONS)):
         return None

@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isograd._changes import Change
 from isograd._errors import ScriptError
 
 if TYPE_CHECKING:
     from isograd._runs import Run
     from isograd._watch import Watch
 
+_CANNOT = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -59,6 +61,8 @@ class _Plan:
     seed: int | None
     out: Path
     budget: float
+    changes: tuple[Change, ...] = ()
+    seed_shift: int | None = None
     found: Path | None = None
     """A file in which spawned processes leave the paths of their run folders."""
     rank: int | None = None
@@ -73,12 +77,16 @@ def launch(
     seed: int | None = None,
     out: Path = Path("isograd-runs"),
     budget: float = 0.01,
+    changes: Sequence[Change] = (),
+    seed_shift: int | None = None,
 ) -> LaunchResult:
     """Run `args[0]` (a script, or a module with `module`) with the rest as its arguments, in this process.
 
     `steps`: end it cleanly after so many optimizer steps. The other options are those of `watch`; `seed` seeds Python,
-    NumPy and the framework first. Returns the script's own exit status, 1 after an uncaught exception (whose traceback
-    is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
+    NumPy and the framework first. `changes` are applied to what it trains; where there is no place for one of them, the
+    script ends before its first step with status 2. `seed_shift` seeds the generators with it and adds it to every
+    seed that the script sets. Returns the script's own exit status, 1 after an uncaught exception (whose traceback is
+    printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
     """
     program = None
     if module:
@@ -95,6 +103,8 @@ def launch(
         seed=seed,
         out=out.absolute(),
         budget=budget,
+        changes=tuple(changes),
+        seed_shift=seed_shift,
     )
     with _notes(plan):
         session = _Session(plan)
@@ -104,6 +114,8 @@ def launch(
             os._exit(status)  # a fork that ran off the end of the script: reporting is its parent's business
         _join_threads()
         recorded, num_steps = session.close(error)
+        if session.refusal:
+            return LaunchResult(status=status, run=None, note=f"{session.refusal} The script was ended.")
         if num_steps:
             return LaunchResult(status=status, run=recorded)
         spawned = _spawned_runs(plan)
@@ -147,6 +159,7 @@ class _Session:
         self._finder: _ImportHook | None = None
         self._progress: Any = None
         self._is_over = False
+        self.refusal = ""
 
     def attach_at_import(self) -> None:
         """Watch as soon as torch has been imported, or at once if it has been already."""
@@ -165,11 +178,13 @@ class _Session:
     def _start(self) -> None:
         from isograd._progress import Progress
         from isograd._watch import Watch
-        from isograd.frameworks.torch import rank, seed_generators, wrap_spawned
+        from isograd.frameworks.torch import rank, seed_generators, shift_seeds, wrap_spawned
 
         plan = self._plan
         if plan.seed is not None:
             seed_generators(plan.seed)
+        if plan.seed_shift is not None:
+            shift_seeds(plan.seed_shift)
         self._watch = Watch(
             (),
             (),
@@ -184,6 +199,8 @@ class _Session:
             },
             on_step=self._stepped,
             between=self._end_if_over,
+            changes=self._plan.changes,
+            on_refusal=self._refuse,
         )
         wrap_spawned(lambda function: function if isinstance(function, _Spawned) else _Spawned(function, plan))
         if rank() == 0 and not self._plan.rank:
@@ -196,7 +213,12 @@ class _Session:
             shown = readings["loss"], readings["global_grad_norm"], self._watch.overhead
             self._progress.update(step, *shown, deep=self._watch.deep_step)
 
+    def _refuse(self, sentence: str) -> None:
+        self.refusal = self.refusal or sentence
+
     def _end_if_over(self) -> None:
+        if self.refusal:
+            raise RunEnded(_CANNOT)
         if self._is_over:
             raise RunEnded(0)
 
@@ -281,6 +303,14 @@ def _check_module(name: str) -> None:
         raise ScriptError(f"There is no module named {name}: {error}.") from None
     if spec is None:
         raise ScriptError(f"There is no module named {name}; check the name, or run from the folder that holds it.")
+
+
+def check_script(name: str, *, module: bool) -> None:
+    """Raise ScriptError if there is no such script or module, or it does not compile."""
+    if module:
+        _check_module(name)
+    else:
+        _load_script(name)
 
 
 def _load_script(name: str) -> types.CodeType | None:

@@ -6,6 +6,7 @@ The observer writes it as an event of kind "loss-graph". Operations have the nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,13 @@ class LossGraph:
     """One reading. `shapes` are those of the operations' results, as far as known; `softmax_sizes` the sizes of the
     dimensions over which the softmaxes among them go; `unoptimized` names the parameters that the loss depends on
     and no optimizer holds; `flat_share` is the share of entries beyond the ends of the clamp nearest the loss.
+
+    What the whole graph says about the architecture, when first read: `products` is the length of the longest chain of
+    products with weights between the loss and an input (each time step of a recurrence counts); `shortcuts` the number
+    of additions and concatenations where an activation meets what was computed from it through more products than it
+    has passed itself (at most one projection); `norms` the number of normalizations; `post_norms` how many of them read
+    an addition among the shortcuts that nothing else reads. The final normalization of a pre-norm network is such a
+    one, too. `mixings`: operations that combine rows (samples, nodes, tokens) of an activation.
     """
 
     step: int
@@ -64,6 +72,18 @@ class LossGraph:
     losses: tuple[LossFunction, ...] = ()
     unoptimized: tuple[str, ...] = ()
     flat_share: float = 0.0
+    products: int = 0
+    shortcuts: int = 0
+    norms: int = 0
+    post_norms: int = 0
+    mixings: int = 0
+
+    @property
+    def unregistered(self) -> tuple[str, ...]:
+        """Those of `unoptimized` that a module keeps in a list or dict, with an index in their name: no optimizer over
+        the module's parameters can hold them.
+        """
+        return tuple(name for name in self.unoptimized if "[" in name)
 
     @property
     def above_product(self) -> tuple[str, ...]:
@@ -91,6 +111,11 @@ def _graph(step: int, data: Mapping[str, Any]) -> LossGraph:
         losses=tuple(_losses(data)),
         unoptimized=tuple(str(name) for name in _items(data.get("unoptimized"))),
         flat_share=_share(data.get("flat_share")),
+        products=_count(data.get("products")),
+        shortcuts=_count(data.get("shortcuts")),
+        norms=_count(data.get("norms")),
+        post_norms=_count(data.get("post_norms")),
+        mixings=_count(data.get("mixings")),
     )
 
 
@@ -107,6 +132,10 @@ def _losses(data: Mapping[str, Any]) -> Iterator[LossFunction]:
 
 def _share(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else 0.0
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and value >= 0 and value < math.inf else 0
 
 
 def _items(value: Any) -> Sequence[Any]:

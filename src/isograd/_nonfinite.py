@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isograd._history import Floats, History, Series
+from isograd._history import Event, Floats, History, Series
 
 READS = (
     "loss_nonfinite",
@@ -40,6 +41,30 @@ class Place:
         """Whether `name` is one of the history's layers or parameters."""
         return self.name in {layer.name for layer in history.layers} | {p.name for p in history.parameters}
 
+    def layers(self, history: History) -> tuple[str, ...]:
+        """The layer or parameter that held it, where the history has one of this name."""
+        return (self.name,) if self.cites(history) else ()
+
+    def reading(self, history: History) -> dict[str, Any]:
+        """The count as evidence: one entry is the limit."""
+        layer = self.name if self.cites(history) else None
+        return {
+            "statistic": self.statistic, "observed": self.count, "limit": 1.0, "step": self.step, "layer": layer,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.name}" if self.name else self.kind
+
+    @property
+    def entries(self) -> str:
+        """How many there were, in words."""
+        return entries(self.count)
+
+
+def entries(count: float) -> str:
+    """A number of entries in words."""
+    return f"{count:.0f} {'entry' if count == 1 else 'entries'}"
+
 
 def first_place(history: History) -> Place | None:
     """The first non-finite value of the run, or None. Steps that a gradient scaler skipped do not count."""
@@ -52,7 +77,9 @@ def _places(history: History) -> Iterator[Place]:
     names = [layer.name for layer in history.layers]
     outputs, inputs = history.series.get("output_nonfinite"), history.series.get("input_nonfinite")
     fed = np.flatnonzero(roles == "input")
-    computed = np.array([i for i in _by_position(history) if roles[i] not in ("input", "target")], dtype=np.int64)
+    computed = np.array(
+        [i for i in _by_position(history) if roles[i] not in ("input", "target", "term")], dtype=np.int64
+    )
     yield from _first(outputs, "input", "output_nonfinite", names, fed, skipped)
     yield from _first(_born(outputs, inputs), "output", "output_nonfinite", names, computed, skipped)
     yield from _first(
@@ -117,6 +144,41 @@ def _told(history: History, skipped: frozenset[int]) -> Iterator[Place]:
             name = event.layer or str(event.data.get("name", ""))
             known = float(count) if isinstance(count, (int, float)) else 1.0
             yield Place(step=event.step, kind=kind, statistic=f"{kind}_nonfinite", count=max(known, 1.0), name=name)
+
+
+def told(history: History, step: int, *places: str) -> Event | None:
+    """What the observer reported of one of `places` (operation, input, gradient, weight) at `step`."""
+    events = (event for event in history.events_of("nonfinite") if event.step == step)
+    return next((event for event in events if event.data.get("place") in places), None)
+
+
+CODE = 60
+"""Characters of a source line that are shown."""
+
+
+def source(event: Event) -> str:
+    """Where in the user's program it was: " at train.py:42 (`loss = torch.log(p)`)", "" where that is not known."""
+    file, line, code = event.data.get("file"), event.data.get("line"), str(event.data.get("code") or "")
+    if not file or not line:
+        return ""
+    shown = code if len(code) <= CODE else f"{code[: CODE - 1]}…"
+    return f" at {file}:{line}" + (f" (`{shown}`)" if shown else "")
+
+
+def rows(event: Event) -> str:
+    """In how much of the operand it was: "3 of 64 rows", "1 entry"."""
+    count, total = event.data.get("rows"), event.data.get("num_rows")
+    if isinstance(count, int) and isinstance(total, int) and total:
+        return f"{count} of {total} rows"
+    number = event.data.get("count", 1)
+    return entries(float(number) if isinstance(number, (int, float)) else 1.0)
+
+
+def operation(event: Event) -> str:
+    """What was computed, where and of how much: "log of 0 at train.py:42 (`loss = torch.log(p)`), 3 of 64 rows"."""
+    name, reason = str(event.data.get("operation") or "an operation"), str(event.data.get("reason") or "")
+    what = {"": name, "overflow": f"overflow in {name}"}.get(reason, reason)
+    return f"{what}{source(event)}, {rows(event)}"
 
 
 def skipped_steps(history: History) -> frozenset[int]:

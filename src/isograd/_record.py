@@ -69,11 +69,12 @@ _PIECE = 20 * MERGED  # rows merged in one transaction: some milliseconds
 
 _ADD_SUBJECT = "INSERT OR IGNORE INTO subjects VALUES (?)"
 _ADD_LAYER = """
-INSERT INTO layers SELECT :subject, count(*), :name, :kind, :type, :role, :position, :units, :fan_in, :fan_out, :shape
-FROM layers WHERE subject = :subject"""
+INSERT INTO layers SELECT :subject, count(*), :name, :kind, :type, :role, :position, :units, :fan_in, :fan_out, :shape,
+    :dtype FROM layers WHERE subject = :subject"""
 _UPDATE_LAYER = """
 UPDATE layers SET name = :name, kind = :kind, type = :type, role = :role, position = :position, units = :units,
-    fan_in = :fan_in, fan_out = :fan_out, shape = :shape WHERE subject = :subject AND ordinal = :ordinal"""
+    fan_in = :fan_in, fan_out = :fan_out, shape = :shape, dtype = :dtype
+    WHERE subject = :subject AND ordinal = :ordinal"""
 _ADD_PARAMETER = """
 INSERT INTO parameters SELECT :subject, count(*), :name, :layer, :shape, :dtype, :trainable, :optimized, :group
 FROM parameters WHERE subject = :subject"""

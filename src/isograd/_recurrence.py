@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isograd._history import Floats, History, Integers
+from isograd._depth import ACTIVATIONS
+from isograd._history import Floats, History, Integers, Layer
 from isograd._robust import log10_positive, median, theil_sen
+
+_WITHOUT_WEIGHTS = ACTIVATIONS | {"dropout", "pool", "flatten", "identity", "softmax", "log-softmax"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +35,25 @@ class Recurrence:
 
 
 def recurrences(history: History, *, least: int) -> list[Recurrence]:
-    """Every layer that was called `least` times or more in a step, in order of name."""
+    """Every layer that was called `least` times or more in a step, in order of name.
+
+    One activation module that stands behind many layers is called often too, but nothing recurs there; nor where each
+    call belongs to a micro-batch of its own.
+    """
     found = []
-    known = {layer.name for layer in history.layers}
+    passes = history.series.get("micro_batches")
+    least = max(least, 1 + int(np.nanmax(passes.values, initial=1)) if passes is not None else least)
+    known = {layer.name for layer in history.layers if may_recur(layer)}
     for layer, series in sorted(history.profiles.get("call_signal_norm", {}).items()):
         if layer in known and series.values.ndim == 2 and series.values.shape[1] >= least:
             lost = np.array([_lost(row) for row in series.values])
             found.append(Recurrence(layer=layer, calls=series.values.shape[1], steps=series.steps, lost=lost))
     return found
+
+
+def may_recur(layer: Layer) -> bool:
+    """Whether several calls of a layer in a step can be steps in time: a module without weights stands anywhere."""
+    return layer.role != "module" or layer.kind not in _WITHOUT_WEIGHTS
 
 
 def _lost(signal: Floats) -> float:

@@ -5,7 +5,7 @@ A run is a folder `<root>/<id>` with one SQLite file, `run.db`, that any SQLite 
 
     meta        key, value                                  run-wide facts; the value is JSON
     subjects    subject                                     in order of first appearance
-    layers      subject, ordinal, name, kind, type, role, position, units, fan_in, fan_out, shape (JSON)
+    layers      subject, ordinal, name, kind, type, role, position, units, fan_in, fan_out, shape (JSON), dtype
     parameters  subject, ordinal, name, layer, shape (JSON), dtype, trainable, optimized, group
     groups      subject, ordinal, facts                     parameter groups of the optimizers; JSON
     events      subject, step, kind, layer, data            what happened; `data` is JSON
@@ -55,7 +55,7 @@ TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE subjects (subject TEXT PRIMARY KEY);
 CREATE TABLE layers (subject TEXT, ordinal INTEGER, name TEXT, kind TEXT, type TEXT, role TEXT, position REAL,
-    units INTEGER, fan_in INTEGER, fan_out INTEGER, shape TEXT, PRIMARY KEY (subject, ordinal));
+    units INTEGER, fan_in INTEGER, fan_out INTEGER, shape TEXT, dtype TEXT, PRIMARY KEY (subject, ordinal));
 CREATE TABLE parameters (subject TEXT, ordinal INTEGER, name TEXT, layer TEXT, shape TEXT, dtype TEXT,
     trainable INTEGER, optimized INTEGER, "group" INTEGER, PRIMARY KEY (subject, ordinal));
 CREATE TABLE groups (subject TEXT, ordinal INTEGER, facts TEXT, PRIMARY KEY (subject, ordinal));

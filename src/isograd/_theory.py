@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -29,6 +30,18 @@ _GRID = np.linspace(-10.0, 10.0, 4001)
 _WEIGHTS = np.exp(-(_GRID**2) / 2) / math.sqrt(2 * math.pi) * (_GRID[1] - _GRID[0])
 """Trapezoid rule for E[f(z)], z ~ N(0, 1): exact to 1e-12 for smooth f, to 1e-5 for a jump at zero (tails: 1e-23).
 Gauss-Hermite nodes converge faster for smooth f and much slower for kinked activations."""
+
+_PLANE = np.linspace(-7.0, 7.0, 281)
+_DENSITY = np.exp(-(_PLANE**2) / 2) / math.sqrt(2 * math.pi) * (_PLANE[1] - _PLANE[0])
+"""The same for pairs, E[f(u, v)]: to 2e-4 where f has a kink, to 1 % of the jump where it jumps."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function and its derivative, both from float64 arrays to arrays of the same shape."""
+
+    value: Function
+    slope: Function
 
 
 def _sigmoid(z: Floats) -> Floats:
@@ -174,16 +187,166 @@ def largest_slope(kind: str) -> float:
     return float(np.max(np.abs(_functions(kind)[1](_GRID))))
 
 
-def batch_norm_factor(batch: int) -> float:
-    """The factor of the squared gradient norm per layer of a ReLU network with batch normalization, 4 or more rows.
+def batch_norm_factor(batch: int, kind: str = "relu") -> float:
+    """The factor of the squared gradient norm per layer of a network with batch normalization, 4 or more rows.
 
-    Theorem 8 of Yang et al. (2019), "A Mean Field Theory of Batch Normalization": pi / (pi - 1) = 1.467 for large
-    batches, more for small ones. It is above 1: batch normalization makes plain deep networks explode.
+    Theorem 8 of Yang et al. (2019), "A Mean Field Theory of Batch Normalization": pi / (pi - 1) = 1.467 for ReLU and
+    large batches, more for small ones, (B - 2) / (B - 3) without activation. It is above 1: batch normalization makes
+    plain deep networks explode. For other activations the theorem's steps with Gaussian normalized values.
+    """
+    one = function_of(kind)
+    share, scale = batch_norm_shares(batch, one)
+    return scale * share * slope_square(one, 1.0) / (square(one, 1.0) - pair(one, 1.0, -1.0 / (batch - 1)).value)
+
+
+def batch_norm_shares(batch: float, following: Activation) -> tuple[float, float]:
+    """(share, scale) by which batch normalization over `batch` rows departs from division by a known deviation.
+
+    With normalized values u, v of correlation -1 / (B - 1) in two rows, gradients that sum to zero over the batch, as
+    those from a later normalization do, keep the share 1 - (E[s^2] - E[ss'] + E[u^2 s^2] - E[uvss']) / (B E[s^2]) of
+    their square under the projection, s = phi'(u) of the activation that follows; and E[B / |z|^2] over the B - 1
+    centered entries of z is B / (B - 3) of 1 / Var(z). Raises ValueError below 4 rows.
     """
     if batch < 4:
-        raise ValueError(f"the theorem needs a batch of at least 4, not {batch}")
-    c = -1.0 / (batch - 1)
-    slope = (math.pi - math.acos(c)) / math.pi
-    value = (math.sqrt(1 - c**2) + (math.pi - math.acos(c)) * c) / math.pi
-    # J(1) = J'(1) = 1 for the normalized arc-cosine kernel.
-    return (batch - 1) * (slope + batch - 1) / ((batch - 3) * (batch - 1) * (1 - value)) - 1 / (batch - 3)
+        raise ValueError(f"the theorem needs a batch of at least 4, not {batch:g}")
+    both, alone = pair(following, 1.0, -1.0 / (batch - 1)), slope_square(following, 1.0)
+    weighted = expectation(lambda z: (z * following.slope(z)) ** 2, 1.0)
+    return 1 - (alone - both.slope + weighted - both.weighted) / (batch * alone), batch / (batch - 3)
+
+
+# ---- any elementwise function, single values and pairs ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """E[phi(u) phi(v)], E[phi'(u) phi'(v)] and E[u v phi'(u) phi'(v)] of two correlated Gaussians."""
+
+    value: float
+    slope: float
+    weighted: float
+
+
+def function_of(kind: str) -> Activation:
+    """The activation of this kind with its usual constants. Raises ValueError for one that is not covered."""
+    if kind in _CLOSED:
+        return _CLOSED[kind]
+    return Activation(*_functions(kind))
+
+
+def expectation(function: Function, q: float) -> float:
+    """E[f(z)] for z ~ N(0, q)."""
+    return float(np.sum(_WEIGHTS * function(math.sqrt(q) * _GRID)))
+
+
+def square(one: Activation, q: float) -> float:
+    """E[phi(z)^2] for z ~ N(0, q)."""
+    return expectation(lambda z: one.value(z) ** 2, q)
+
+
+def slope_square(one: Activation, q: float) -> float:
+    """E[phi'(z)^2] for z ~ N(0, q)."""
+    return expectation(lambda z: one.slope(z) ** 2, q)
+
+
+def pair(one: Activation, q: float, product: float) -> Pair:
+    """Moments over u, v ~ N(0, q) with E[uv] = `product`, which is cut to [-q, q]."""
+    rho = min(1.0, max(-1.0, product / q)) if q > 0 else 1.0
+    u = math.sqrt(q) * _PLANE[:, None]
+    v = math.sqrt(q) * (rho * _PLANE[:, None] + math.sqrt(1 - rho**2) * _PLANE[None, :])
+    weights = _DENSITY[:, None] * _DENSITY[None, :]
+    values, slopes = one.value(u) * one.value(v), one.slope(u) * one.slope(v)
+    return Pair(*(float(np.sum(weights * moment)) for moment in (values, slopes, u * v * slopes)))
+
+
+@lru_cache(maxsize=256)
+def largest_of(count: float, power: int, *, rectified: bool = False) -> float:
+    """E[m^power] of the largest m of `count` independent N(0, 1); of max(m, 0) where `rectified`."""
+    largest = np.maximum(_GRID, 0.0) if rectified else _GRID
+    density = count * _normal_cdf(_GRID) ** (count - 1) * _WEIGHTS
+    return float(np.sum(density * largest**power))
+
+
+def _normal_cdf(z: Floats) -> Floats:
+    return np.asarray(0.5 * (1.0 + _erf(z / math.sqrt(2))), dtype=np.float64)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+_CLOSED: dict[str, Activation] = {
+    "identity": Activation(lambda z: z, np.ones_like),
+    "relu": Activation(lambda z: np.maximum(z, 0.0), _step),
+    "leaky-relu": Activation(lambda z: np.where(z > 0, z, LEAKY_SLOPE * z), _leaky_slope),
+    "gelu": Activation(
+        lambda z: z * _normal_cdf(z),
+        lambda z: _normal_cdf(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi),
+    ),
+}
+"""Activations of which closed forms are known, as functions."""
+
+IDENTITY = _CLOSED["identity"]
+
+
+def parallel_chi(one: Activation, q: float, *, weight_variance: float) -> float:
+    """sigma_w^2 dE[phi(z)^2]/dq: by how much a deviation of the variance grows per layer. Norms are stable below 1."""
+    return weight_variance * expectation(lambda z: z * one.value(z) * one.slope(z), q) / q
+
+
+@dataclass(frozen=True)
+class CriticalPoint:
+    """Variances of weights (times fan-in) and of biases at which signals keep their size, and the size they keep."""
+
+    weight_variance: float
+    bias_variance: float
+    q: float
+
+
+def critical_point(kind: str, *, low: float = 1e-2, high: float = 1e3) -> CriticalPoint:
+    """Where chi = 1 both for gradients and for norms at a fixed point q > 0: the half-stable point of GELU and SiLU.
+
+    Roberts, Yaida & Hanin (2022), The Principles of Deep Learning Theory, section 5.3.4. By bisection between `low`
+    and `high`. Raises ValueError for activations that have no such point, among them those that are critical at q -> 0
+    (tanh) or at every q (ReLU).
+    """
+    one = function_of(kind)
+
+    def gap(q: float) -> float:
+        return slope_square(one, q) - parallel_chi(one, q, weight_variance=1.0)
+
+    if not gap(low) * gap(high) < 0:
+        raise ValueError(f"{kind!r} has no critical point at a finite size of the signal")
+    falling = gap(low) > 0
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if (gap(middle) > 0) == falling else (low, middle)
+    weights = 1 / slope_square(one, low)
+    return CriticalPoint(weights, low - weights * square(one, low), low)
+
+
+def edge_of_chaos(kind: str, bias_variance: float, *, low: float = 1e-3, high: float = 20.0) -> float:
+    """The weight variance at which chi = 1 at the fixed point, for this bias variance (Schoenholz et al. 2017).
+
+    Below it signals are forgotten and gradients vanish, above it they explode. By bisection between `low` and `high`;
+    for activations of which chi at the fixed point grows with the weights' variance (tanh, erf, ReLU).
+    """
+    for _ in range(60):
+        middle = (low + high) / 2
+        q = fixed_point(kind, weight_variance=middle, bias_variance=bias_variance)
+        ordered = math.isfinite(q) and chi(kind, q, weight_variance=middle) < 1
+        low, high = (middle, high) if ordered else (low, middle)
+    return low
+
+
+# ---- steps that do not diverge ------------------------------------------------------------------------------------
+
+
+def stable_sharpness(optimizer: str, *, momentum: float = 0.0, nesterov: bool = False) -> float:
+    """The sharpness times learning rate at which full-batch training becomes unstable.
+
+    2 for gradient descent, 2 + 2 beta with heavy-ball momentum, (2 + 2 beta) / (1 + 2 beta) with Nesterov's (Cohen et
+    al. 2021, arXiv:2103.00065); (2 + 2 beta1) / (1 - beta1) of the preconditioned Hessian for Adam, 38 for beta1 = 0.9
+    (Cohen et al. 2022, arXiv:2207.14484). `optimizer`: "sgd" or "adam".
+    """
+    limit = 2 + 2 * momentum
+    if optimizer == "adam":
+        return limit / (1 - momentum)
+    return limit / (1 + 2 * momentum) if nesterov else limit

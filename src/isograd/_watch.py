@@ -9,15 +9,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from isograd._changes import Change
 from isograd._diagnose import Diagnosis, diagnose
 from isograd._errors import RunNotFound
 from isograd._history import Event, History
 from isograd._record import RunFile
+from isograd._remedy import Treatment
 from isograd._rule import Options
 from isograd._runs import Run
 from isograd._schedule import Schedule
@@ -83,8 +85,10 @@ class Watch:
         between: Callable[[], None] | None = None,
         options: Options | None = None,
         frame: FrameType | None = None,
+        changes: Sequence[Change] = (),
+        on_refusal: Callable[[str], None] | None = None,
     ) -> None:
-        from isograd.frameworks.torch import Observer, describe_run
+        from isograd.frameworks.torch import Applier, Observer, describe_run
 
         self._shield = Shield(self._detached)
         facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
@@ -102,8 +106,16 @@ class Watch:
             on_step=self._stepped,
             between=between,
         )
+        self._things = models, optimizers
+        self._untold: list[tuple[str, dict[str, Any]]] = []
+        self._appliers: list[Any] = []
         self._started = time.perf_counter()
+        applier = Applier(changes, on_event=self._note_change, on_refusal=on_refusal or _warn)
+        if changes:
+            self._appliers.append(applier)
+            applier.listen()
         self._shield.call(self._observer.attach, models, optimizers, frame)
+        applier.listen_last()
 
     # ---- what the run shows -------------------------------------------------------------------------------------
 
@@ -142,6 +154,42 @@ class Watch:
         run = self.run()
         return diagnose(run.histories, run=run.id, overhead=self.overhead, options=self._options)
 
+    # ---- treating -----------------------------------------------------------------------------------------------
+
+    def apply(self, treatment: Treatment | Change | Sequence[Change]) -> Callable[[], tuple[str, ...]]:
+        """Change the running program, from the next backward pass and step on.
+
+        Returns how to undo it: a function that puts everything back and returns a sentence for whatever stays changed
+        (weights that have trained under it do). Both are events in the run file. Raises CannotApply, with nothing
+        changed, where the program has no place for it.
+        """
+        from isograd.frameworks.torch import Applier
+
+        changes = treatment.changes if isinstance(treatment, Treatment) else treatment
+        models, optimizers = self._things
+        applier = Applier(
+            changes if isinstance(changes, Sequence) else (changes,),
+            on_event=self._note_change,
+            on_refusal=_warn,
+            models=models,
+            optimizers=optimizers,
+        )
+        applier.adopt_running()
+        applier.listen()
+        applier.listen_last()
+        self._appliers.append(applier)
+        return applier.undo
+
+    def _note_change(self, kind: str, data: dict[str, Any]) -> None:
+        self._untold.append((kind, data))
+        if self._observer.subjects:
+            self._tell_changes(self._observer.subjects[0])
+
+    def _tell_changes(self, subject: str) -> None:
+        untold, self._untold = self._untold, []
+        for kind, data in untold:
+            self._file.write_event(subject, Event(step=self.step, kind=kind, data=data))
+
     # ---- life -------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Watch:
@@ -159,7 +207,10 @@ class Watch:
         self._is_open = False
         if error is not None and _is_clean_exit(error):
             error = None
+        for applier in self._appliers:
+            applier.stop()
         self._observer.detach(error)
+        self._tell_changes((self._observer.subjects or ["model"])[0])
         if error is not None:
             with contextlib.suppress(Exception):  # an exception of the user's may fail to tell what it is
                 self._note_end(error)
@@ -181,6 +232,8 @@ class Watch:
             self._file.write_event(subject, Event(step=max(0, self.step - 1), kind=kind, data=data))
 
     def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
+        if self._untold:
+            self._tell_changes(subject)
         self.step = max(self.step, step + 1)
         if self._on_step is not None:
             self._on_step(subject, step, readings)
@@ -207,6 +260,10 @@ class Off:
 
     def close(self, error: BaseException | None = None, **facts: Any) -> None:
         """Nothing to close."""
+
+    def apply(self, treatment: Treatment | Change | Sequence[Change]) -> Callable[[], tuple[str, ...]]:
+        """Nothing is changed."""
+        return tuple
 
     def histories(self) -> tuple[History, ...]:
         """Empty: nothing was watched."""

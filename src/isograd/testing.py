@@ -106,6 +106,7 @@ def _step_series(stamps: np.ndarray[Any, np.dtype[np.int64]], loss: Floats) -> I
         yield name, ones
     for name in ("loss_nonfinite", "skipped", "carried_grad_norm"):
         yield name, 0 * ones
+    yield "graph_nodes", 60 * ones
     yield "learning_rate", 0.1 * ones[:, None]
 
 
@@ -124,11 +125,16 @@ def _parameter_series(
         "weight_norm": weights,
         "update_ratio": update,
         "update_norm": update * weights,
+        "unit_spread": np.ones(shape) * np.where([len(p.shape) > 1 for p in parameters], 1.0, np.nan),
         **{
             name: np.zeros(shape)
             for name in ("grad_nonfinite", "grad_zero_fraction", "weight_nonfinite", "state_nonfinite")
         },
     }
+
+
+_DISTINCT = {"input": 64.0, "target": 10.0}
+"""Different rows of a batch: every input, and every class among the targets."""
 
 
 def _layer_series(
@@ -160,6 +166,10 @@ def _layer_series(
         "signal_norm": signal,
         "signal_max": signal / 10,
         "signal_nonfinite": 0 * everywhere,
+        "signal_zero_fraction": everywhere * np.where(computed, 0.1, np.nan),
+        "row_similarity": everywhere * np.where(computed, 0.3, np.nan),
+        **dict.fromkeys(("batch_statistics_gap", "attention_entropy", "attention_logit_max"), np.nan * everywhere),
+        "distinct_values": everywhere * np.array([_DISTINCT.get(layer.role, np.nan) for layer in layers]),
         "column_scale_ratio": everywhere * np.where([layer.role == "input" for layer in layers], 1.5, np.nan),
     }
 
@@ -201,7 +211,9 @@ def relabeled(history: History, prefix: str) -> History:
 
 
 def _relabeled_event(event: Event, prefix: str) -> Event:
-    named = {key: prefix + value if key == "name" else value for key, value in event.data.items()}
+    named = {
+        key: prefix + value if key in ("name", "parameter", "module") else value for key, value in event.data.items()
+    }
     return replace(event, layer=prefix + event.layer if event.layer else event.layer, data=named)
 
 

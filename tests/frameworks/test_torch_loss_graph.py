@@ -102,13 +102,14 @@ class ListOfLayers(nn.Module):
 
 
 def test_unregistered_layers_are_not_optimized(tmp_path):
-    """Parameters that the loss depends on and no optimizer holds are named, and those alone."""
+    """Parameters that the loss depends on and no optimizer holds are named by where they are kept, and those alone."""
     model = ListOfLayers()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     found = graphs(tmp_path, steps(model, lambda z: z.square().mean(), optimizer), model, optimizer)
 
-    assert {"Linear.weight", "Linear.bias"} == set(found[-1].unoptimized)
+    assert {"ListOfLayers.hidden[0].weight", "ListOfLayers.hidden[0].bias"} == set(found[-1].unoptimized)
+    assert found[-1].unoptimized == found[-1].unregistered
 
 
 def test_layers_replaced_after_the_optimizer_was_made(tmp_path):
@@ -120,6 +121,7 @@ def test_layers_replaced_after_the_optimizer_was_made(tmp_path):
     found = graphs(tmp_path, steps(model, lambda z: z.square().mean(), optimizer), model, optimizer)
 
     assert {"Sequential.1.weight", "Sequential.1.bias"} == set(found[-1].unoptimized)
+    assert () == found[-1].unregistered
 
 
 def test_what_another_optimizer_holds_is_optimized(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isograd.rules.epsilon_too_small import EpsilonTooSmall
-from isograd.testing import altered, check_rule, plain_network
+from isograd.testing import altered, check_rule, check_severity, plain_network
 
 STEPS = np.arange(100)
 
@@ -61,3 +61,60 @@ def test_fires(history, step):
 def test_stays_silent(history):
     """Nothing is found where the type holds the epsilon, or nothing was lost by an update."""
     assert [] == list(EpsilonTooSmall().check(history))
+
+
+# ---- gradients below epsilon ----------------------------------------------------------------------------------------
+
+STUCK = 2.3 + 0.01 * np.sin(STEPS * 1.7)
+
+
+def below(ratio, *, epsilon=1e-8, loss=STUCK, optimizer="Adam", steps=STEPS >= 0):
+    """A network under Adam whose gradients have a root mean square of this many epsilons, in some of the steps."""
+    history = plain_network()
+    norms = np.sqrt([p.size for p in history.parameters]) * epsilon * ratio
+    history = altered(history, grad_norm=lambda v: np.where(steps[:, None], norms, v), loss=loss)
+    betas = {"betas": [0.9, 0.999]} if optimizer == "Adam" else {}
+    return replace(history, groups=({"optimizer": optimizer, "lr": 1e-3, "eps": epsilon, **betas},))
+
+
+BELOW = {
+    "far below": (below(0.01), ("error", 0)),
+    "as large": (below(0.99), ("error", 0)),
+    # a large epsilon is as bad as a small gradient
+    "large epsilon": (below(0.05, epsilon=0.1), ("error", 0)),
+    "later": (below(0.01, steps=STEPS >= 45), ("error", 45)),
+    "partly learned": (below(0.01, loss=np.where(STEPS < 20, 2.3 - 0.03 * STEPS, 1.7)), ("warning", 0)),
+}
+
+ABOVE = {
+    "above": below(30.0),
+    # chosen on purpose, and it learns
+    "learns": below(0.05, epsilon=0.1, loss=plain_network()["loss"].values),
+    # gradients vanish with the loss
+    "converged": below(0.01, loss=2.3 * np.exp(-STEPS / 5), steps=STEPS >= 40),
+    # nothing arrives at all
+    "zero": below(0.0),
+    "SGD": below(0.01, optimizer="SGD"),
+    "for a while": below(0.01, steps=STEPS < 30),
+}
+
+
+@pytest.mark.parametrize("history, expected", BELOW.values(), ids=BELOW)
+def test_finds_gradients_below(history, expected):
+    """Gradients that stay below epsilon under a stuck loss are found since they do."""
+    # Rescaling the loss lifts gradients over epsilon or takes them below it: that is the fault itself.
+    check_rule(EpsilonTooSmall, fires=[history], seeds=(), factors=())
+    (finding,) = EpsilonTooSmall().check(history)
+
+    assert expected == (finding.level, finding.first_step)
+
+
+@pytest.mark.parametrize("history", ABOVE.values(), ids=ABOVE)
+def test_leaves_gradients_above(history):
+    """Nothing is found where gradients exceed epsilon, the run learns, or no epsilon divides them."""
+    assert [] == list(EpsilonTooSmall().check(history))
+
+
+def test_smaller_is_never_milder():
+    """Smaller gradients never lower the level."""
+    check_severity(EpsilonTooSmall, [below(ratio) for ratio in (100, 10, 1, 0.1, 1e-4)])

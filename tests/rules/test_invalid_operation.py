@@ -28,7 +28,19 @@ def broken(*, since=50, until=100, layers=(), loss=True, gradients=True, weights
 
 
 TOLD = Event(
-    step=50, kind="nonfinite", data={"place": "operation", "operation": "Log", "reason": "log of 0", "count": 3}
+    step=50,
+    kind="nonfinite",
+    data={
+        "place": "operation",
+        "operation": "Log",
+        "reason": "log of 0",
+        "count": 5,
+        "rows": 3,
+        "num_rows": 64,
+        "file": "train.py",
+        "line": 42,
+        "code": "loss = torch.log(p)",
+    },
 )
 LARGE = altered(plain_network(), loss=np.full(100, 7e28), grad_norm=np.inf)
 STEEP = altered(
@@ -94,10 +106,10 @@ def test_stays_silent(history):
 
 
 def test_the_traced_operation_is_named():
-    """What the observer traced stands in the message."""
+    """What the observer traced stands in the message: the operation, its source line and the rows."""
     (finding,) = InvalidOperation().check(FIRES["traced"][0])
 
-    assert "Log (log of 0)" in finding.message
+    assert "log of 0 at train.py:42 (`loss = torch.log(p)`), 3 of 64 rows." in finding.message
 
 
 def test_a_past_finding_stays():

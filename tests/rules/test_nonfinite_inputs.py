@@ -65,3 +65,23 @@ def test_a_past_finding_stays():
     (finding,) = NonfiniteInputs().check(continued(fed(at=[50])))
 
     assert 50 == finding.first_step
+
+
+def test_the_row_of_the_batch_is_named():
+    """Which row of the batch was bad, of how many, and the line that used it stand in the message."""
+    where = {"file": "train.py", "line": 42, "code": "out = model(x)"}
+    rows = {"rows": 1, "num_rows": 32, "row_index": 14}
+    told = Event(step=50, kind="nonfinite", data={"place": "input", "name": "input", "count": 3, **rows, **where})
+    (finding,) = NonfiniteInputs().check(replace(fed(), events=(told,)))
+
+    expected = "3 entries, first in row 14 of the batch (1 of 32 rows), used at train.py:42 (`out = model(x)`)."
+    assert finding.message.endswith(expected)
+    assert "The input of the model was not finite at step 50" in finding.message
+
+
+def test_a_bad_target_is_called_one():
+    """Non-finite targets are not called inputs."""
+    told = Event(step=50, kind="nonfinite", data={"place": "input", "name": "target", "count": 1})
+    (finding,) = NonfiniteInputs().check(replace(fed(), events=(told,)))
+
+    assert "The target was not finite at step 50" in finding.message

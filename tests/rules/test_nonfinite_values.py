@@ -107,3 +107,25 @@ def test_the_earlier_place_wins():
     (finding,) = NonfiniteValues().check(both)
 
     assert ("head.weight", 20) == (finding.layers[0], finding.first_step)
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        (
+            {"reason": "log of 0", "file": "a.py", "line": 3, "code": "y = x.log()"},
+            "log of 0 at a.py:3 (`y = x.log()`)",
+        ),
+        ({"reason": "log of 0", "file": "a.py", "line": 3, "code": ""}, "from log of 0 at a.py:3, 2 entries"),
+        ({"reason": "log of 0"}, "from log of 0, 2 entries"),
+        ({"reason": "overflow", "operation": "Mm"}, "from overflow in Mm, 2 entries"),
+        ({"operation": "Mm"}, "from Mm, 2 entries"),
+        ({"file": 7, "line": None, "rows": "x", "num_rows": 0}, "from an operation, 2 entries"),
+    ],
+)
+def test_what_was_traced_is_named(told, expected):
+    """The message says of the operation what is known of it: reason, source line and how much was hit."""
+    event = Event(step=7, kind="nonfinite", layer="act1", data={"place": "operation", "count": 2, **told})
+    (finding,) = NonfiniteValues().check(replace(plain_network(), events=(event,)))
+
+    assert expected in finding.message

@@ -10,6 +10,7 @@ from isograd.rules.parameters_not_optimized import ParametersNotOptimized
 from isograd.testing import altered, check_rule, plain_network
 
 STUCK = 0.66 + 0.01 * np.sin(np.arange(100) * 1.7)
+HEAD = np.arange(10) == 8  # the last layer's weight among the parameters
 FALLING = plain_network()["loss"].values
 
 
@@ -28,6 +29,11 @@ FIRES = {
     # the optimizer holds layers that were replaced
     "orphaned": (loose("Model.0.weight", grad_max=np.nan), "error"),
     "orphaned with zeros": (loose("Model.0.weight", grad_max=0.0, loss=2.2), "error"),
+    # layers in a list, in a run that learns with the rest: never meant
+    "unregistered, learning": (loose("Model.hidden[0].weight", "Model.head.weight", loss=FALLING), "warning"),
+    "unregistered, stuck": (loose("Model.layers['a'].weight"), "error"),
+    # a head replaced after the optimizer was made: it holds the old one, which nothing reaches
+    "replaced": (loose("Model.head.weight", loss=FALLING, grad_max=lambda v: np.where(HEAD, np.nan, v)), "warning"),
     # worth knowing: features that are left out of the optimizer, under a head that learns
     "features": (loose("Model.body.weight", loss=FALLING), "info"),
 }

@@ -19,7 +19,7 @@ def recurrent(decades, *, calls=40, loss=BLOWN, until=100):
     lost = np.where(STEPS < until, decades, 0.0)
     signal = 10.0 ** (lost[:, None] * np.linspace(-1, 0, calls))
     history = altered(plain_network(), loss=loss)
-    return replace(history, profiles={"call_signal_norm": {"act0": Series(STEPS, signal)}})
+    return replace(history, profiles={"call_signal_norm": {"linear0": Series(STEPS, signal)}})
 
 
 FIRES = {
@@ -53,7 +53,7 @@ def test_fires(history, level):
     check_rule(RecurrentExplosion, fires=[history], seeds=())
     (finding,) = RecurrentExplosion().check(history)
 
-    assert (level, ("act0",)) == (finding.level, finding.layers)
+    assert (level, ("linear0",)) == (finding.level, finding.layers)
 
 
 @pytest.mark.parametrize("history", STAYS_SILENT.values(), ids=STAYS_SILENT)

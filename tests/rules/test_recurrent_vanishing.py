@@ -19,14 +19,14 @@ def recurrent(decades, *, calls=40, loss=STUCK, until=100):
     lost = np.where(STEPS < until, decades, 0.0)
     signal = 10.0 ** (lost[:, None] * np.linspace(-1, 0, calls))
     history = altered(plain_network(), loss=loss)
-    return replace(history, profiles={"call_signal_norm": {"act0": Series(STEPS, signal)}})
+    return replace(history, profiles={"call_signal_norm": {"linear0": Series(STEPS, signal)}})
 
 
 FIRES = {
     "seven decades": recurrent(7.0),
     # the first calls have underflown to exactly zero
     "underflown": replace(
-        recurrent(60.0), profiles={"call_signal_norm": {"act0": Series(STEPS, np.tile(UNDERFLOWN, (100, 1)))}}
+        recurrent(60.0), profiles={"call_signal_norm": {"linear0": Series(STEPS, np.tile(UNDERFLOWN, (100, 1)))}}
     ),
     "just beyond": recurrent(3.1),
 }
@@ -50,7 +50,7 @@ def test_fires(history):
     check_rule(RecurrentVanishing, fires=[history], seeds=())
     (finding,) = RecurrentVanishing().check(history)
 
-    assert ("error", 0, ("act0",)) == (finding.level, finding.first_step, finding.layers)
+    assert ("error", 0, ("linear0",)) == (finding.level, finding.first_step, finding.layers)
 
 
 @pytest.mark.parametrize("history", STAYS_SILENT.values(), ids=STAYS_SILENT)

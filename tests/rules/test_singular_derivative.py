@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from isograd._history import Event
 from isograd.rules.singular_derivative import SingularDerivative
 from isograd.testing import altered, check_rule, plain_network
 
@@ -66,3 +67,22 @@ def test_fires(history, expected):
 def test_stays_silent(history):
     """Nothing is found where something else broke first, or gradients had run away."""
     assert [] == list(SingularDerivative().check(history))
+
+
+def test_the_traced_operation_is_named():
+    """The operation without a finite derivative stands in the message with its source line and rows."""
+    data = {
+        "place": "gradient",
+        "operation": "Sqrt",
+        "reason": "no finite derivative of sqrt(0)",
+        "count": 1,
+        "rows": 1,
+        "num_rows": 32,
+        "file": "models/pair.py",
+        "line": 7,
+        "code": "distance = squares.sum(1).sqrt()",
+    }
+    (finding,) = SingularDerivative().check(replace(broken(), events=(Event(step=40, kind="nonfinite", data=data),)))
+
+    where = "models/pair.py:7 (`distance = squares.sum(1).sqrt()`), 1 of 32 rows."
+    assert f"no finite derivative of sqrt(0) at {where}" in finding.message

@@ -48,6 +48,13 @@ FIRES = {
     "columns": (fed(5e4, columns=3e4, grad_norm=lambda v: v * np.where(np.arange(10) == 0, 1e3, 1)), "warning"),
     # large inputs that do nothing
     "harmless": (fed(30), "info"),
+    # an exponential overflows at once: that is the cause, whatever the inputs would have done
+    "overflow": (inflated(fed(120, loss=np.where(STEPS % 2, 1e29, 2e29))), "info"),
+    "infinite at once": (fed(120, loss=np.nan, loss_nonfinite=1.0, output_nonfinite=0.0), "info"),
+    # updates throw it out of range later
+    "overflow by updates": (fed(120, loss=np.where(STEPS < 1, 80, 1e29)), "error"),
+    # inputs that overflow by themselves
+    "huge": (fed(1e20, loss=1e29 * (1 + 0.1 * np.sin(STEPS))), "error"),
     # the loss is lost
     "lost": (fed(150, loss=np.where(STEPS < 10, 9.0**STEPS, np.nan), loss_nonfinite=STEPS >= 10), "error"),
 }

@@ -52,6 +52,7 @@ class InitializationTooLarge(Rule):
         "nonfinite-values",
         "dead-units",
         "saturating-activations",
+        "saturated-output",
         "learning-rate-too-high",
     )
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "insert-normalization", "clip-gradient-norm")

@@ -10,7 +10,7 @@ import numpy as np
 
 from isograd._history import History
 from isograd._loss_curve import loss_curve
-from isograd._nonfinite import Place, damaged, first_place, ran_away
+from isograd._nonfinite import Place, damaged, first_place, operation, ran_away, told
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -22,7 +22,8 @@ class InvalidOperation(Rule):
         The first non-finite value of the run stands in a layer's output or in the loss, not in a weight, an input or
         a gradient, and nothing had run away before: the last loss and gradient norm lie within `runaway` times their
         median, and the weights have not grown tenfold since the start. Or, in the first two steps, values whose
-        square exceeds the range of float32 come out of inputs of ordinary size.
+        square exceeds the range of float32 come out of inputs of ordinary size. Where the operation was traced, it is
+        named with the line of the program that called it and the rows that were hit.
 
     Why it matters
         log 0, 0/0, an exponential that overflows, a softmax over a row that is masked completely, a mean or a
@@ -85,36 +86,19 @@ class InvalidOperation(Rule):
             yield from self._overflown(history)
 
     def _invalid(self, history: History, place: Place) -> Finding:
-        told = self._operation(history, place.step)
-        where = f"{place.kind}{' of ' + place.name if place.name else ''}"
-        hurt = damaged(history)
+        event, hurt = told(history, place.step, "operation"), damaged(history)
+        seen = f" ({place.entries})" if event is None else f": {operation(event)}"
         after = "" if hurt else " Weights stayed finite: it did no lasting damage."
         return self.finding(
             history,
             level="error" if hurt else "warning",
-            message=f"The {where} was not finite at step {place.step} ({place.count:.0f} "
-            f"{'entry' if place.count == 1 else 'entries'}), from finite inputs and finite weights{told}.{after}",
+            message=f"The {place} was not finite at step {place.step}, from finite inputs and finite weights{seen}."
+            f"{after}",
             first_step=place.step,
-            layers=(place.name,) if place.cites(history) else (),
-            evidence=(
-                Evidence(
-                    statistic=place.statistic,
-                    observed=place.count,
-                    limit=1.0,
-                    step=place.step,
-                    layer=place.name if place.cites(history) else None,
-                ),
-            ),
-            confidence=0.9 if told else 0.8,
+            layers=place.layers(history),
+            evidence=(Evidence(**place.reading(history)),),
+            confidence=0.8 if event is None else 0.9,
         )
-
-    def _operation(self, history: History, step: int) -> str:
-        """What the observer's trace says about the operation, as the end of a sentence."""
-        for event in history.events_of("nonfinite"):
-            operation, reason = event.data.get("operation"), event.data.get("reason")
-            if event.step == step and operation:
-                return f", in {operation}" + (f" ({reason})" if reason else "")
-        return ""
 
     def _overflown(self, history: History) -> Iterator[Finding]:
         """Finite values of a size that only an exponential or a division can make of ordinary inputs."""

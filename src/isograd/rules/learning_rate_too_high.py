@@ -58,6 +58,7 @@ class LearningRateTooHigh(Rule):
         "no-gradient",
         "dead-units",
         "saturating-activations",
+        "saturated-output",
     )
     remedies: ClassVar[tuple[str, ...]] = (
         "lower-learning-rate",

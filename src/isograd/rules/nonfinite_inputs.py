@@ -10,7 +10,7 @@ import numpy as np
 
 from isograd._depth import boundary
 from isograd._history import History
-from isograd._nonfinite import bad_steps, damaged
+from isograd._nonfinite import bad_steps, damaged, entries, rows, source, told
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -20,7 +20,8 @@ class NonfiniteInputs(Rule):
 
     Detects
         A count of non-finite entries above 0 in an input of the model, at the step at which the loss or a gradient
-        first became non-finite. An event of the observer that found the data to blame counts as well.
+        first became non-finite. An event of the observer that found the data or the targets to blame counts as well,
+        and names the row of the batch.
 
     Why it matters
         One such entry makes the loss and all weights NaN in one step, and no change of model or optimizer helps.
@@ -59,16 +60,27 @@ class NonfiniteInputs(Rule):
             yield self.finding(
                 history,
                 level="error" if damaged(history) else "warning",
-                message=f"The input {evidence.layer or 'of the model'} held {evidence.observed:.0f} non-finite "
-                f"{'entry' if evidence.observed == 1 else 'entries'} at step {first}, the step at which the "
-                f"run first became "
-                "non-finite.",
+                message=f"The {self._name(history, evidence)} was not finite at step {first}, the step at which the "
+                f"run first became non-finite: {entries(evidence.observed)}{self._rows(history, first)}.",
                 first_step=first,
                 layers=(evidence.layer,) if evidence.layer else (),
                 evidence=(evidence,),
                 confidence=0.95,
             )
             return
+
+    def _name(self, history: History, evidence: Evidence) -> str:
+        event = told(history, evidence.step, "input")
+        if event is not None and event.data.get("name") == "target":
+            return "target"
+        return f"input {evidence.layer or 'of the model'}"
+
+    def _rows(self, history: History, step: int) -> str:
+        """Which row of the batch it was, and where the batch was used."""
+        event = told(history, step, "input")
+        if event is None or "row_index" not in event.data:
+            return ""
+        return f", first in row {event.data['row_index']} of the batch ({rows(event)}), used{source(event)}"
 
     def _counted(self, history: History, first: int) -> Iterator[Evidence]:
         series = history["output_nonfinite"]

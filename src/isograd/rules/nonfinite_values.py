@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from isograd._history import History
-from isograd._nonfinite import Place, damaged, first_place, last_bad_step, skipped_steps
+from isograd._nonfinite import Place, damaged, first_place, last_bad_step, operation, skipped_steps, told
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
 
 
@@ -65,24 +65,17 @@ class NonfiniteValues(Rule):
         yield from self._restless_scale(history)
 
     def _first(self, history: History, place: Place) -> Finding:
-        where = f" of {place.name}" if place.name else ""
+        event = told(history, place.step, "operation", "gradient")
+        came = "" if event is None else f", from {operation(event)}"
         return self.finding(
             history,
             level=self._level(history),
-            message=f"The first non-finite value stood in the {place.kind}{where} at step {place.step}"
-            f" ({place.count:.0f} {'entry' if place.count == 1 else 'entries'}).{self._aftermath(history, place)}",
+            message=f"The first non-finite value stood in the {place} at step {place.step}"
+            f" ({place.entries}){came}.{self._aftermath(history, place)}",
             first_step=place.step,
             last_step=max(place.step, last_bad_step(history)),
-            layers=(place.name,) if place.cites(history) else (),
-            evidence=(
-                Evidence(
-                    statistic=place.statistic,
-                    observed=place.count,
-                    limit=1.0,
-                    step=place.step,
-                    layer=place.name if place.cites(history) else None,
-                ),
-            ),
+            layers=place.layers(history),
+            evidence=(Evidence(**place.reading(history)),),
             confidence=0.99,
         )
 

@@ -43,7 +43,7 @@ class RecurrentVanishing(Rule):
 
     stage: ClassVar[Stage] = "architecture"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
-    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "call_signal_norm")
+    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "call_signal_norm", "micro_batches")
     explains: ClassVar[tuple[str, ...]] = ("vanishing-gradients", "loss-plateau")
     remedies: ClassVar[tuple[str, ...]] = ("reinitialize-layers", "insert-shortcuts", "replace-activations")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from isograd._history import History
-from isograd._nonfinite import Place, damaged, first_place, ran_away
+from isograd._nonfinite import Place, damaged, first_place, operation, ran_away, told
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 
@@ -19,7 +19,8 @@ class SingularDerivative(Rule):
 
     Detects
         The first non-finite value of the run stands in a gradient, at a step whose loss and outputs were finite, and
-        nothing had run away before: loss and gradient norm lie within `runaway` times their median.
+        nothing had run away before: loss and gradient norm lie within `runaway` times their median. Where the operation
+        was traced (it received a finite gradient and passed on another), it is named with its source line.
 
     Why it matters
         sqrt, norm and std at 0, acos and asin at the ends of their range, a power below 1 at 0: a finite value with
@@ -83,25 +84,15 @@ class SingularDerivative(Rule):
         return row is not None and bool(np.all(np.isfinite(row)))
 
     def _singular(self, history: History, place: Place) -> Finding:
-        hurt = damaged(history)
-        names = (place.name,) if place.cites(history) else ()
-        where = f" of {place.name}" if place.name else ""
+        event, hurt = told(history, place.step, "gradient"), damaged(history)
+        why = "an operation behind it has no finite derivative there" if event is None else operation(event)
         return self.finding(
             history,
             level="error" if hurt else "warning",
-            message=f"At step {place.step} the loss was finite and the gradient{where} was not ({place.count:.0f} "
-            f"{'entry' if place.count == 1 else 'entries'}): an operation behind it has no finite derivative there."
+            message=f"At step {place.step} the loss was finite and the {place} was not ({place.entries}): {why}."
             f"{'' if hurt else ' Weights stayed finite.'}",
             first_step=place.step,
-            layers=names,
-            evidence=(
-                Evidence(
-                    statistic=place.statistic,
-                    observed=place.count,
-                    limit=1.0,
-                    step=place.step,
-                    layer=names[0] if names else None,
-                ),
-            ),
+            layers=place.layers(history),
+            evidence=(Evidence(**place.reading(history)),),
             confidence=0.9,
         )

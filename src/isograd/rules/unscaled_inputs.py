@@ -11,8 +11,15 @@ import numpy as np
 from isograd._depth import ACTIVATIONS, WEIGHTED, boundary, columns_of, weight_parameters
 from isograd._history import History
 from isograd._loss_curve import LossCurve, loss_curve
+from isograd._nonfinite import READS, first_place
 from isograd._robust import median
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
+
+HUGE = 1e6
+"""Inputs that overflow by themselves after a few layers: nothing else need be invalid."""
+
+OVERFLOW = 1.8e19
+"""The square root of the largest float32: what the square of a loss or of a gradient does not survive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,9 @@ class UnscaledInputs(Rule):
 
     Stays silent when
         Inputs are integers (token and category numbers, an embedding's input) or only moderately off. Without any
-        harm it is info; where the loss falls well in spite of it, a warning at most.
+        harm it is info; where the loss falls well in spite of it, a warning at most. It is info, too, where the
+        forward pass overflows before the first update, from inputs below 1e6: products of fresh layers do not
+        (1e6 squared is 1e12, the largest float32 3.4e38), so an exponential or a division does, and is the cause.
 
     Remedies
         standardize-inputs, insert-normalization, lower-learning-rate
@@ -55,7 +64,7 @@ class UnscaledInputs(Rule):
         "dead_fraction",
         "grad_norm",
         "loss",
-        "loss_nonfinite",
+        *READS,
     )
     explains: ClassVar[tuple[str, ...]] = (
         "loss-divergence",
@@ -69,6 +78,7 @@ class UnscaledInputs(Rule):
         "learning-rate-too-high",
         "saturating-activations",
         "dead-units",
+        "saturated-output",
         "undertrained",
     )
     remedies: ClassVar[tuple[str, ...]] = ("standardize-inputs", "insert-normalization", "lower-learning-rate")
@@ -83,11 +93,14 @@ class UnscaledInputs(Rule):
             return
         worst = max(off, key=lambda evidence: evidence.observed / evidence.limit)
         curve = loss_curve(history)
-        harm = list(self._harm(history, curve))
+        overflown = worst.observed < HUGE and _breaks_at_once(history)
+        harm = [] if overflown else list(self._harm(history, curve))
         what = (
             "a root mean square of" if worst.statistic == "output_rms" else "columns whose scales differ by a factor of"
         )
         consequence = f" {harm[0]}" if harm else " It does no harm that shows."
+        if overflown:
+            consequence = " What it does cannot be told from what an operation that overflows at the first step does."
         yield self.finding(
             history,
             level=self._level(curve, bool(harm)),
@@ -152,3 +165,11 @@ class UnscaledInputs(Rule):
         if not harmed:
             return "info"
         return "error" if curve is not None and curve.failed else "warning"
+
+
+def _breaks_at_once(history: History) -> bool:
+    """Whether the forward pass left the numbers' range at the first step, before any update could have done it."""
+    place, loss = first_place(history), history.series.get("loss")
+    if place is not None and place.kind in ("output", "loss") and place.step == 0:
+        return True
+    return loss is not None and bool(np.any(np.abs(loss.values[:1]) >= OVERFLOW))

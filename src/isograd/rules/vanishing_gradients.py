@@ -11,6 +11,7 @@ import numpy as np
 from isograd._depth import Profile, profiles
 from isograd._history import History
 from isograd._loss_curve import loss_curve
+from isograd._recurrence import may_recur
 from isograd._robust import log10_positive, median, theil_sen
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
 
@@ -89,9 +90,10 @@ class VanishingGradients(Rule):
         )
 
     def _through_time(self, history: History) -> Iterator[Finding]:
+        recurring = {layer.name for layer in history.layers if may_recur(layer)}
         for layer, series in history.profiles.get("call_signal_norm", {}).items():
             calls = log10_positive(series.values)
-            if calls.ndim != 2 or calls.shape[1] < 3:
+            if layer not in recurring or calls.ndim != 2 or calls.shape[1] < 3:
                 continue
             lost = np.array([theil_sen(np.arange(calls.shape[1]), row) * (calls.shape[1] - 1) for row in calls[:8]])
             bad = np.flatnonzero(lost >= self.decades)

@@ -11,10 +11,18 @@ import torch
 from torch import multiprocessing, nn
 from torch.optim import Optimizer
 
+from isograd.frameworks.torch._apply import Applier as Applier
 from isograd.frameworks.torch._observe import Observer as Observer
 from isograd.frameworks.torch._ranks import rank as rank
 from isograd.frameworks.torch._ranks import world_size as world_size
+from isograd.frameworks.torch._rehearsal import Rehearsal as Rehearsal
+from isograd.frameworks.torch._rehearsal import random_batch as random_batch
+from isograd.frameworks.torch._rehearsal import rehearsing as rehearsing
+from isograd.frameworks.torch._rehearsal import require_model as require_model
+from isograd.frameworks.torch._seed import preserved_generators as preserved_generators
 from isograd.frameworks.torch._seed import seed_generators as seed_generators
+from isograd.frameworks.torch._seed import shift_seeds as shift_seeds
+from isograd.frameworks.torch._structure import structure_of as structure_of
 
 
 def describe_run() -> dict[str, Any]:
@@ -40,6 +48,11 @@ def sort(things: Iterable[object]) -> tuple[tuple[nn.Module, ...], tuple[Optimiz
             raise ValueError(f"watch() takes torch modules and optimizers, not {type(thing).__name__}")
     models = tuple(thing for thing in several if isinstance(thing, nn.Module))
     return models, tuple(thing for thing in several if isinstance(thing, Optimizer))
+
+
+def set_threads(threads: int) -> None:
+    """Let this process compute on so many threads."""
+    torch.set_num_threads(threads)
 
 
 def wrap_spawned(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

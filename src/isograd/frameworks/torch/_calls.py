@@ -20,10 +20,15 @@ CALLS = 256
 """Calls of one layer that are read in one step; a longer unrolling is read up to there."""
 
 
+SOMETIMES = 16
+"""Of a layer that is called more often than this in a step, every so many calls are compared row by row."""
+
+
 @dataclass(slots=True)
 class Call:
     """Readings of one call, still on the device. `size`: entries of the output. `has_signal`: a gradient arrived.
-    `carried`: it was read in an earlier step, of another subject.
+    `carried`: it was read in an earlier step, of another subject. `signal_looked_at`: entries of the gradient among
+    which those that are not zero were counted.
     """
 
     size: int
@@ -31,6 +36,8 @@ class Call:
     readings: dict[str, Tensor] = field(default_factory=dict)
     has_signal: bool = False
     carried: bool = False
+    dtype: str = ""
+    signal_looked_at: int = 1
     places: dict[str, int] = field(default_factory=dict)
 
     def put_into(self, row: Row) -> None:
@@ -51,8 +58,11 @@ class Call:
         self.size = size
 
     def take_signal(self, gradient: Tensor | None) -> None:
-        """Read the gradient with respect to the output; a second one adds to it (weight sharing, retained graphs)."""
-        if gradient is None or not gradient.numel():
+        """Read the gradient with respect to the output; a second one adds to it (weight sharing, retained graphs).
+
+        One that arrives after the readings have gone into a row belongs to a later step, whose graph reaches back.
+        """
+        if gradient is None or not gradient.numel() or self.places:
             return
         plain = kernels.real(gradient)
         norm = kernels.norm(plain)
@@ -60,12 +70,16 @@ class Call:
         # Where the norm is neither 0 nor overflown, a sample tells the order of magnitude of the largest entry.
         looked_at = plain if suspicious or not float(norm) else kernels.activation_sample(plain)
         peak = kernels.largest([looked_at])[0]
+        nonzero = torch.count_nonzero(looked_at)
         if suspicious:
-            self.readings["signal_nonfinite"] = kernels.num_nonfinite(plain)
+            earlier = self.readings.get("signal_nonfinite", 0.0)
+            self.readings["signal_nonfinite"] = kernels.num_nonfinite(plain) + earlier
         if self.has_signal:
             norm = torch.hypot(norm, self.readings["signal_norm"])
             peak = torch.maximum(peak, self.readings["signal_max"])
+            nonzero = torch.maximum(nonzero, self.readings["signal_nonzero"])
         self.readings["signal_norm"], self.readings["signal_max"] = norm, peak
+        self.readings["signal_nonzero"], self.signal_looked_at = nonzero, looked_at.numel()
         self.has_signal = True
 
 
@@ -79,7 +93,7 @@ def read_values(values: Tensor, *, boundary: bool = False, rows: bool = False) -
     column scales. `rows`: also sums over rows.
     """
     plain = kernels.real(values)
-    call = Call(size=plain.numel())
+    call = Call(size=plain.numel(), dtype=dtype_name(values))
     if not call.size:
         return call
     norm = kernels.norm(plain)
@@ -111,6 +125,39 @@ def read_activation(
     names = ("dead", "saturation", "slope")
     found = kernels.activation(kind, rows, None if x is None else x.detach().reshape(rows.shape), axis, parameters)
     call.readings.update({name: reading for name, reading in zip(names, found, strict=True) if reading is not None})
+
+
+def read_similarity(call: Call, out: Tensor, axis: int) -> None:
+    """Add how much alike the rows of an output are, `axis` being its feature axis."""
+    if out.dim() >= 2 and out.numel() and out.is_floating_point() and out.layout == torch.strided:
+        call.readings["rows_squared"], call.readings["rows"] = kernels.directions(kernels.some_rows(out, axis))
+
+
+def read_distinct(call: Call, values: Tensor) -> None:
+    """Add how many different entries inputs or targets have along their first axis."""
+    plain = kernels.real(values)
+    if plain.dim() and plain.numel():
+        call.readings["distinct"] = kernels.num_distinct(plain)
+
+
+def read_batch_statistics(call: Call, norm: nn.Module, x: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
+    """Add how far a batch is from the running statistics of a batch normalization that has just taken it in.
+
+    `moments`: mean and biased variance of each channel, where the graph has them; otherwise estimated from rows of `x`.
+    """
+    running = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if not norm.training or running[0] is None or running[1] is None or x.dim() < 2 or not x.numel():
+        return
+    momentum: Any = getattr(norm, "momentum", None)
+    if momentum is None:
+        momentum = 1 / norm.num_batches_tracked.double()  # type: ignore[operator]
+    elif not 0 <= momentum < 1:
+        return
+    mean, variance = moments or kernels.channel_moments(x)
+    epsilon = float(getattr(norm, "eps", 0.0))
+    count = x.numel() // x.shape[1]
+    gap = kernels.running_gap(mean, variance, count, (running[0], running[1]), momentum, epsilon)
+    call.readings["batch_gap"] = gap
 
 
 def read_padding(call: Call, ids: Tensor, padding: int | None) -> None:
@@ -166,6 +213,16 @@ def _is_transformed() -> bool:
     )
 
 
+def dtype_name(tensor: Tensor) -> str:
+    """`torch.float16` is float16."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def feature_axis(kind: str, dims: int) -> int:
+    """Where a layer's features are: channels (axis 1) behind convolutions and in images, else the last axis."""
+    return 1 if dims >= 4 or (dims > 1 and kind in ("conv", "batch-norm", "instance-norm")) else -1
+
+
 def unit_axis(out: Tensor, after: str) -> int:
     """Where the units of an activation are: channels (axis 1) behind a convolution or in images, else the last axis."""
     return 1 if out.dim() >= 4 or (out.dim() == 3 and after == "conv") else -1
@@ -194,6 +251,9 @@ def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
         "saturation": _weighted(of("saturation"), calls),
         "activation_slope": math.sqrt(_weighted(_squares(of("slope")), calls)),
         "column_scale_ratio": _extreme(max, of("columns")),
+        "row_similarity": _similarity(calls, row),
+        "batch_statistics_gap": _finite(_weighted(of("batch_gap"), calls)),
+        "distinct_values": _extreme(max, of("distinct")),
         "padding_fraction": _weighted(of("padding"), calls),
         "row_sum_min": _extreme(min, of("row_low")),
         "row_sum_max": _extreme(max, of("row_high")),
@@ -205,7 +265,26 @@ def aggregate(calls: Sequence[Call], row: Row) -> dict[str, float]:
         found["signal_nonfinite"] = lost
         found["signal_norm"] = math.nan if lost else math.sqrt(_total(_squares(of("signal_norm"))))
         found["signal_max"] = math.nan if lost else _extreme(max, of("signal_max"))
+        nonzero = [call.value("signal_nonzero", row) / call.signal_looked_at for call in calls]
+        found["signal_zero_fraction"] = 1 - _weighted(nonzero, calls)
     return found
+
+
+def _similarity(calls: Sequence[Call], row: Row) -> float:
+    """Mean cosine between two rows of the last call of which any were read."""
+    last = next((call for call in reversed(calls) if "rows" in call.places), None)
+    if last is None:
+        return math.nan
+    return mean_cosine(last.value("rows_squared", row), last.value("rows", row))
+
+
+def mean_cosine(squared: float, count: float) -> float:
+    """Mean cosine between two different ones of `count` directions whose sum has the squared length `squared`."""
+    return (squared - count) / (count * (count - 1)) if count > 1 else math.nan
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
 
 
 def _squares(values: list[float]) -> list[float]:

@@ -139,12 +139,48 @@ def all_optimizers() -> list[torch.optim.Optimizer]:
 
 
 def names_of(parameters: list[Tensor]) -> list[str]:
-    """A name for each tensor: the path below the topmost module that holds it, behind that module's class."""
+    """A name for each tensor: the path below the topmost module that holds it, behind that module's class.
+
+    What a module keeps in a plain list, tuple or dict is named with its place there, `Model.hidden[0].weight`: it is
+    no part of the module, and its parameters are not among the module's.
+    """
     names: dict[int, str] = {}
-    for root in roots_holding(parameters):
+    for place, thing in _kept_in_containers():
+        if isinstance(thing, nn.Module):
+            names |= {id(tensor): f"{place}.{path}" for path, tensor in thing.named_parameters()}
+        else:
+            names[id(thing)] = place
+    for root in roots_holding([p for p in parameters if id(p) not in names]):
         for path, tensor in root.named_parameters():
             names.setdefault(id(tensor), f"{type(root).__name__}.{path}")
     return [names.get(id(p), f"a tensor of shape {list(p.shape)}") for p in parameters]
+
+
+def _kept_in_containers() -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Modules and parameters in the lists, tuples and dicts among the attributes of the modules alive.
+
+    A list of one whole network is left out: that is how a network is kept out of another one's parameters on purpose.
+    """
+    for module in all_modules():
+        registered = {id(thing) for thing in (*module.children(), *module.parameters())}
+        for name, value in list(vars(module).items()):
+            if name not in vars(_PLAIN_MODULE):  # torch's own tables: of children, parameters, hooks
+                kept = [(key, thing) for key, thing in _entries(value) if id(thing) not in registered]
+                if len(kept) > 1 or not any(
+                    isinstance(thing, nn.Module) and list(thing.children()) for _, thing in kept
+                ):
+                    yield from ((f"{type(module).__name__}.{name}[{key!r}]", thing) for key, thing in kept)
+
+
+def _entries(container: object) -> list[tuple[object, nn.Module | nn.Parameter]]:
+    """The modules and parameters in a list, tuple or dict, with their index or key."""
+    if not isinstance(container, (list, tuple, dict)):
+        return []
+    items = container.items() if isinstance(container, dict) else enumerate(container)
+    return [(key, thing) for key, thing in list(items) if issubclass(type(thing), (nn.Module, nn.Parameter))]
+
+
+_PLAIN_MODULE = nn.Module()
 
 
 def roots_holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
@@ -188,3 +224,9 @@ def _name_in(scope: Any, thing: object) -> str | None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is only a shard of the user's parameter, so that a local norm would be wrong."""
     return type(tensor).__name__ in ("DTensor", "FlatParameter") or hasattr(tensor, "_sharding_spec")
+
+
+def output_layer(root: nn.Module) -> nn.Module | None:
+    """The last linear or convolution that was registered below `root`: what the model answers with, as a rule."""
+    found = [module for _, module in walk(root) if kind_of(module) in ("linear", "conv")]
+    return found[-1] if found else None

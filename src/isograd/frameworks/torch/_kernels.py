@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -173,6 +174,110 @@ def column_scale_ratio(tensor: Tensor) -> Tensor:
     present = torch.where(scale > 0, scale, torch.nan)
     smallest = torch.nan_to_num(present, nan=math.inf).min()
     return torch.where(smallest.isfinite(), scale.max() / smallest, 1.0)
+
+
+# ---- rows: how much alike they are -----------------------------------------------------------------------------------
+
+ALIKE_ROWS, ALIKE_COLUMNS = 64, 256
+"""Rows that similarities compare, and how many entries of each: 16384 together."""
+
+
+def unit_spread(weight: Tensor) -> Tensor:
+    """RMS of a weight [units, …] about the mean over its units, over its RMS; at most 64 units, 256 entries of each.
+
+    Sums are of differences from the first unit: units that are identical give exactly 0.
+    """
+    some = weight.detach()[:: -(-len(weight) // ALIKE_ROWS)]
+    rows = some.reshape(len(some), -1)[:, :ALIKE_COLUMNS].to(wide(weight.dtype)).contiguous()
+    apart = rows - rows[0]
+    total = apart.sum(0)
+    about_mean = _squares(apart).sub(_squares(total), alpha=1 / len(rows))
+    return about_mean.clamp_min(0).div(_squares(rows)).sqrt().float()
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Sum of squares; for so few entries `dot` is faster than a norm."""
+    flat = values.view(-1)
+    return torch.dot(flat, flat)
+
+
+def some_rows(tensor: Tensor, axis: int, limit: int = ALIKE_ROWS, columns: int = ALIKE_COLUMNS) -> Tensor:
+    """At most `limit` evenly spaced rows [rows, features]; a row is one index of all axes but `axis`, the features'.
+
+    The spacing is odd and shares no factor with the inner axes, so that nothing that alternates is missed.
+    """
+    if axis % tensor.dim() == tensor.dim() - 1 and tensor.is_contiguous():
+        flat = tensor.detach().view(-1, tensor.shape[-1])
+        return flat[:: _stride(len(flat), limit, 2 * math.prod(tensor.shape[1:-1])), :columns]
+    features_last = tensor.detach().movedim(axis, -1)[..., :columns]
+    return features_last[_places_of_rows(features_last.shape[:-1], limit, tensor.device)]
+
+
+@lru_cache(maxsize=64)
+def _places_of_rows(shape: tuple[int, ...], limit: int, device: torch.device) -> tuple[Tensor, ...]:
+    count = math.prod(shape)
+    flat = torch.arange(0, count, _stride(count, limit, 2 * math.prod(shape[1:])))
+    return tuple(index.to(device) for index in torch.unravel_index(flat, shape))
+
+
+def directions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared length of the sum of the rows' directions, how many rows are not all zero).
+
+    With n rows the mean cosine between two different ones is (squared length - n) / (n (n - 1)).
+    """
+    values = rows.double()
+    lengths = torch.linalg.vector_norm(values, dim=1)
+    total = torch.mv(values.T, lengths.clamp_min(1e-300).reciprocal_())
+    return torch.dot(total, total), torch.count_nonzero(lengths)
+
+
+def num_distinct(tensor: Tensor) -> Tensor:
+    """How many of at most `ROWS` evenly spaced entries along the first axis differ; of long rows, some entries each."""
+    some = tensor.detach()[:: -(-len(tensor) // ROWS)]
+    rows = some.reshape(len(some), -1)
+    if not rows.shape[1]:
+        return torch.ones(())
+    limit = max(1, ACTIVATION_SAMPLE // len(rows))
+    marks = _bits(rows[:, :: -(-rows.shape[1] // limit)])
+    keys = (marks * _random_factors(marks.shape[1], marks.device)).sum(1).sort().values
+    return 1 + torch.count_nonzero(keys.diff())
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Whole numbers that are equal where the values are: those of floating-point numbers, 0 and -0 being one."""
+    if not values.is_floating_point():
+        return values.long()
+    plain = values.to(wide(values.dtype)) + 0.0
+    return plain.view(torch.int64 if plain.dtype == torch.float64 else torch.int32).long()
+
+
+@lru_cache(maxsize=8)
+def _random_factors(count: int, device: torch.device) -> Tensor:
+    """Factors that turn a row of whole numbers into one by which it is known; drawn without the user's generator."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(count, dtype=torch.int64).random_(generator=generator).to(device)
+
+
+def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of each channel [channels], from `ACTIVATION_SAMPLE` entries at most (but two rows)."""
+    channels = tensor.shape[1]
+    rows = some_rows(tensor, 1, max(2, ACTIVATION_SAMPLE // channels), channels).to(wide(tensor.dtype))
+    return rows.mean(0), rows.var(0, correction=0)
+
+
+def running_gap(
+    mean: Tensor, variance: Tensor, count: int, running: tuple[Tensor, Tensor], momentum: float | Tensor, epsilon: float
+) -> Tensor:
+    """RMS over channels of (batch mean - running mean) / sqrt(running variance + epsilon), before a batch was taken in.
+
+    `mean`, `variance` (biased): of the batch, [channels]. `running`: mean and variance after the update
+    `new = (1 - momentum) * old + momentum * batch`, which is solved for `old`; the batch variance there is unbiased.
+    """
+    unbiased = variance.double() * (count / max(count - 1, 1))
+    kept = 1 - momentum
+    before = (running[1].double() - momentum * unbiased) / kept
+    gap = (mean.double() - running[0].double()) / kept
+    return (gap.square() / (before.clamp_min(0) + epsilon)).mean().sqrt()
 
 
 # ---- activations: which units are active, and how steep the function is where it works -------------------------

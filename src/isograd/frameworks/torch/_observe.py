@@ -2,7 +2,7 @@
 
 The observer hears of backward passes and optimizer steps (`_taps.py`), puts output hooks on layers before deep steps
 (`_calls.py`), reads the loss's autograd graph at deep steps (`_trace.py`) and parameters around each step
-(`_parameters.py`). It draws no conclusions, and changes nothing.
+(`_parameters.py`); what was read of a step goes to `_writer.py`. It draws no conclusions, and changes nothing.
 
 A *step* ends when an optimizer has stepped. Optimizers that step without a backward pass between them belong to one
 subject; which ones do is known when the next backward pass begins.
@@ -15,102 +15,34 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from isograd._history import Event
 from isograd._schedule import Schedule
 from isograd._statistics import STATISTICS
 from isograd.frameworks import Recorder, Shield
+from isograd.frameworks.torch import _architecture as architecture
 from isograd.frameworks.torch import _calls as calls
 from isograd.frameworks.torch import _describe as describe
 from isograd.frameworks.torch import _kernels as kernels
+from isograd.frameworks.torch import _nonfinite as nonfinite
 from isograd.frameworks.torch import _ranks as ranks
 from isograd.frameworks.torch import _taps as taps
+from isograd.frameworks.torch import _terms as terms
 from isograd.frameworks.torch import _trace as trace
 from isograd.frameworks.torch._calls import Call
 from isograd.frameworks.torch._parameters import ParameterReading
-from isograd.frameworks.torch._row import Queue, Row
+from isograd.frameworks.torch._row import Row
+from isograd.frameworks.torch._step import Step
 from isograd.frameworks.torch._subject import Subject
-
-_LAYER_STATISTICS = tuple(s.name for s in STATISTICS.values() if s.axis == "layer")
-_MODULE_STATISTICS = tuple(
-    name for name in _LAYER_STATISTICS if not name.startswith(("attention", "row_sum", "column", "output_std"))
-)
-_COMPILED = "the model is compiled: no values can be read inside"
-
-
-@dataclass
-class Boundary:
-    """Readings of something that is no module: an operation, an input, a prediction or a target."""
-
-    owner: nn.Module | None
-    name: str
-    kind: str
-    role: str
-    type: str
-    shape: tuple[int, ...]
-    call: Call
-    source: Call | None = None
-    """The call that an input entered."""
-
-
-@dataclass
-class Window:
-    """What was read since the previous step ended. Holds scalars only, no batch and no activation."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    clips: list[tuple[Tensor, float]] = field(default_factory=list)
-    modules: weakref.WeakKeyDictionary[nn.Module, list[Call]] = field(default_factory=weakref.WeakKeyDictionary)
-    boundaries: list[Boundary] = field(default_factory=list)
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    loss_scale: Tensor | None = None
-    compiled: bool = False
-    graph_read: bool = False
-    constant_outputs: set[int] = field(default_factory=set)
-    forwarded: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    last_kind: str = ""
-    carried: dict[int, list[Tensor]] = field(default_factory=dict)
-    """Per optimizer (by id) the norm of the gradients that stood there when each of the first passes began."""
-
-    def absorb(self, later: Window) -> None:
-        """Add what was read in a window that belongs to the same step."""
-        self.losses += later.losses
-        self.clips += later.clips
-        self.boundaries += later.boundaries
-        self.events += later.events
-        self.carried |= {key: norms for key, norms in later.carried.items() if key not in self.carried}
-        for module, found in later.modules.items():
-            self.modules.setdefault(module, []).extend(found)
-        self.loss_scale = later.loss_scale if self.loss_scale is None else self.loss_scale
-        self.compiled |= later.compiled
-
-    def release(self) -> None:
-        """Take hooks off tensors that outlive the step."""
-        for handle in self.handles:
-            handle.remove()
-
-
-@dataclass
-class Pending:
-    """One optimizer's finished step that has not been written yet."""
-
-    optimizer: Optimizer
-    reading: ParameterReading
-    window: Window
-    deep: bool
-    skipped: bool
-    seconds: float
-    watch_seconds: float
+from isograd.frameworks.torch._window import Boundary, Pending, Window
+from isograd.frameworks.torch._writer import COMPILED, MODULE_STATISTICS, Writer
 
 
 class Observer:
@@ -132,33 +64,30 @@ class Observer:
         on_step: Callable[[str, int, dict[str, float]], None] | None = None,
         between: Callable[[], None] | None = None,
     ) -> None:
-        self._recorder, self._shield, self._make_schedule, self._on_step = recorder, shield, make_schedule, on_step
+        self._recorder, self._shield, self._make_schedule = recorder, shield, make_schedule
+        self._writer = Writer(recorder, on_step)
         self._between = between
-        self.deep_step: int | None = None
         self._seen_optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._only = [weakref.ref(optimizer) for optimizer in optimizers]
         self._models = [weakref.ref(model) for model in models]
         self._subjects: list[Subject] = []
-        self._schedules: dict[str, Schedule] = {}
         self._roots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._places: weakref.WeakKeyDictionary[nn.Module, trace.Place] = weakref.WeakKeyDictionary()
         self._known: dict[int, weakref.ref[Tensor]] = {}
         self._loose: dict[int, str] = {}
         self._hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
-        self._window, self._queue = Window(), Queue()
-        self._ranks: ranks.Ranks | None = None
+        self._window = Window()
         self._pending: list[Pending] = []
         self._stepping: tuple[Optimizer, ParameterReading] | None = None
         self._backward_depth = 0
         self._foreign_backward = False
         self._backwards = 0
         self._packs_saved = False
+        self._origins = nonfinite.Origins(shield)
         self._trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._heads: dict[str, Any] = {}
+        self._known_graph: tuple[tuple[Any, ...], dict[str, int]] = (), {}
         self._unheld: tuple[frozenset[int], list[str]] = frozenset(), []
         self._marks = (time.perf_counter(), shield.seconds)
-        self._unmeasured: set[tuple[str, str]] = set()
-        self._read: set[str] = set()  # subjects of which a module was read
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -171,6 +100,7 @@ class Observer:
         for optimizer in optimizers:
             self._seen_optimizers[optimizer] = None
             self._discover(optimizer, frame)
+        self._keep_lines()
         taps.subscribe(self)
 
     def detach(self, error: BaseException | None = None) -> None:
@@ -179,6 +109,7 @@ class Observer:
         `error`: what ended the program in the middle of a step, of which what was read is kept.
         """
         taps.unsubscribe(self)
+        self._origins.lines.forbid()
         if error is not None:
             self._shield.call(self._keep_unfinished, error)
         self._shield.call(self._finish)
@@ -208,23 +139,29 @@ class Observer:
             value = tensor.detach()
             if tensor.grad_fn is not None and value.numel() == 1 and not torch.isfinite(value):
                 self._window.losses.append(value.reshape(()).float())
-                self._locate([tensor])
+                self._locate([tensor], deep=False, finite=False)
                 return
 
     def release(self) -> None:
         """Stop listening at once without writing, after a failure."""
         taps.unsubscribe(self)
+        self._origins.lines.forbid()
         self._unhook_layers()
         self._window.release()
         self._window, self._pending = Window(), []
 
     def drain(self) -> None:
         """Write what has been read so far, waiting for what is under way."""
-        self._queue.drain(everything=True)
+        self._writer.drain()
 
     def _finish(self) -> None:
         self._settle()
-        self._queue.drain(everything=True)
+        self._writer.drain()
+
+    @property
+    def deep_step(self) -> int | None:
+        """The last step of which the deep tier was written, None before the first."""
+        return self._writer.deep_step
 
     @property
     def subjects(self) -> list[str]:
@@ -241,6 +178,7 @@ class Observer:
         self._seen_optimizers[optimizer] = None
         if not self._only and not self._models:
             self._discover(optimizer, frame)
+        self._keep_lines()
 
     def _discover(self, optimizer: Optimizer, frame: FrameType | None = None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
@@ -278,7 +216,7 @@ class Observer:
         for module in list(modules):
             if module not in self._hooks and id(module) not in compiled and calls.hookable(module):
                 hook = calls.OutputHook(self._shield, self._read_output, self._places[module])
-                self._hooks[module] = module.register_forward_hook(hook)
+                self._hooks[module] = module.register_forward_hook(hook, prepend=True)
 
     def _unhook_layers(self) -> None:
         for handle in list(self._hooks.values()):
@@ -338,16 +276,27 @@ class Observer:
             calls.read_activation(call, place.kind, out, x, axis, constants)
         elif place.kind in ("linear", "conv"):
             self._window.last_kind = place.kind
+        elif place.kind == "batch-norm" and inputs:
+            moments = None if self._packs_saved else trace.batch_moments(out.grad_fn, float(getattr(module, "eps", 0)))
+            calls.read_batch_statistics(call, module, inputs[0], moments)
+        self._read_similarity(call, place, module, out)
         for index, tensor in enumerate(inputs):
             if calls.is_data(tensor) and tensor.dim() and not self._is_own_output(tensor):
                 self._note_input(module, index, tensor, call)
         call.shape = tuple(out.shape)
         return call
 
+    def _read_similarity(self, call: Call, place: trace.Place, module: nn.Module, out: Tensor) -> None:
+        """Which call is the last is not known: of many, every `calls.SOMETIMES`th is read."""
+        earlier = len(self._window.modules.get(module, ()))
+        if earlier < calls.SOMETIMES or not earlier % calls.SOMETIMES:
+            calls.read_similarity(call, out, calls.feature_axis(place.kind, out.dim()))
+
     def _note_input(self, module: nn.Module, index: int, tensor: Tensor, call: Call) -> None:
         name = f"input.{index}" if index else "input"
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = calls.dtype_name(tensor)
         reading = calls.read_values(tensor, boundary=True)
+        calls.read_distinct(reading, tensor)
         shape = tuple(tensor.shape)
         self._window.boundaries.append(Boundary(module, name, "input", "input", dtype, shape, reading, source=call))
 
@@ -364,6 +313,7 @@ class Observer:
             self._between()
 
     def _before_backward(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor] | None) -> None:
+        self._origins.lines.pause()
         self._backward_depth += 1
         if self._backward_depth > 1:
             return
@@ -398,8 +348,11 @@ class Observer:
         wants_graph = not self._window.graph_read and self._wants_deep()
         if wants_graph:
             self._read_graph(max(tensors, key=lambda t: t.grad_fn is not None))
-        if loss.device.type == "cpu" and not math.isfinite(loss) and not self._packs_saved:
-            self._locate(tensors)
+        if self._window.compiled:
+            self._origins.lines.forbid()
+        # Between deep steps nothing waits for an accelerator.
+        if not self._packs_saved and (loss.is_cpu or (wants_graph and not _is_capturing(loss))):
+            self._locate(tensors, deep=wants_graph, finite=math.isfinite(loss))
 
     def _wants_deep(self) -> bool:
         return bool(self._hooks) or any(subject.is_deep for subject in self._subjects) or not self._subjects
@@ -408,7 +361,9 @@ class Observer:
         self._window.graph_read = True
         found = trace.read_graph(loss)
         self._window.compiled |= found.compiled
-        facts: dict[str, Any] = {**trace.head_facts(found), "nodes": found.num_nodes}
+        self._window.graph_nodes = found.num_nodes
+        facts: dict[str, Any] = {**trace.head_facts(found), "nodes": found.num_nodes, **self._architecture(found)}
+        self._read_terms(loss, found)
         unoptimized = self._unoptimized(list(found.reached.values()))
         if unoptimized:
             facts["unoptimized"] = unoptimized
@@ -419,6 +374,34 @@ class Observer:
             for index, node in enumerate(found.losses[:4]):
                 self._read_loss(node, index, facts)
         self._window.events.append(("loss-graph", facts))
+
+    def _architecture(self, found: trace.Trace) -> dict[str, int]:
+        """Looked for once in each graph: one with as many nodes below the same head is taken for the same."""
+        key = (found.num_nodes, *map(found.names.__getitem__, found.head))
+        if self._known_graph[0] != key:
+            self._known_graph = key, architecture.facts(found.edges, found.names)
+        return self._known_graph[1]
+
+    def _read_terms(self, loss: Tensor, found: trace.Trace) -> None:
+        """The summands of a loss, and what each one alone sends into the graph that they share."""
+        if loss.grad_fn is None:
+            return
+        for number, term in enumerate(terms.terms(loss.grad_fn, found.edges), start=1):
+            call = Call(size=1, dtype=calls.dtype_name(loss))
+            for node, positions in term.entries:
+                node.register_hook(partial(self._shield.call, self._take_entry, call, term.arriving, positions))
+            name, operation = f"loss.term-{number}", term.operation
+            self._window.boundaries.append(Boundary(None, name, "loss-term", "term", operation, (), call))
+
+    def _take_entry(
+        self, call: Call, arriving: terms.Arriving, positions: list[tuple[int, int]], gradients: Sequence[Any], _: Any
+    ) -> None:
+        """What one summand sends through one node into what is shared."""
+        if self._foreign_backward:
+            return
+        with torch.no_grad():
+            for position, target in positions:
+                call.take_signal(arriving.add(target, gradients[position]))
 
     def _unoptimized(self, leaves: list[Tensor]) -> list[str]:
         """Names of the parameters among the leaves of the loss that no optimizer alive holds."""
@@ -457,14 +440,18 @@ class Observer:
             if call is not None:
                 self._window.boundaries.append(Boundary(None, f"{prefix}.{role}", role, role, dtype, shape, call))
 
-    def _locate(self, tensors: Sequence[Tensor]) -> None:
+    def _locate(self, tensors: Sequence[Tensor], *, deep: bool, finite: bool) -> None:
+        """Look for the operations that made a loss or are about to make a gradient non-finite."""
         for tensor in tensors:
-            bad = trace.first_bad_operation(tensor)
-            if bad is not None:
-                facts: dict[str, Any] = {"place": bad.place, "operation": bad.operation, "reason": bad.reason}
-                facts |= {"count": bad.count, "size": bad.size, "leaf": bad.owner}
-                self._window.events.append(("nonfinite", facts))
-                return
+            if finite or not torch.isfinite(tensor.detach()).all():
+                self._origins.examine(tensor, deep=deep, finite=finite, tell=self._note_nonfinite)
+
+    def _note_nonfinite(self, facts: dict[str, Any]) -> None:
+        self._window.events.append(("nonfinite", facts))
+
+    def _keep_lines(self) -> None:
+        """Let the forward pass that comes keep its source lines if it is one that will be looked at."""
+        self._origins.lines.keep(self._wants_deep() and not self._backward_depth and not self._packs_saved)
 
     def after_backward(self) -> None:
         """A backward pass has ended; optimizers that stepped inside it form one step."""
@@ -474,10 +461,12 @@ class Observer:
         self._backward_depth = max(0, self._backward_depth - 1)
         if not self._backward_depth and self._pending and self._stepping is None:
             self._settle()
+        self._keep_lines()
 
     def packs_saved_tensors(self) -> None:
         """Saved tensors are packed somewhere: reading one, in this step or a later one, could run user code."""
         self._packs_saved = True
+        self._shield.call(self._origins.lines.forbid)
 
     def clipped(self, norm: Tensor, limit: float) -> None:
         """`clip_grad_norm_` found `norm` and will scale gradients so that it is at most `limit`."""
@@ -572,6 +561,7 @@ class Observer:
         subject = self._subject_of(optimizer)
         if subject is not None and not self._backward_depth and self._is_complete(subject):
             self._settle()
+        self._keep_lines()
 
     def _is_complete(self, subject: Subject) -> bool:
         stepped = {id(pending.optimizer) for pending in self._pending}
@@ -621,10 +611,10 @@ class Observer:
         name = self._roots[roots[0]] if len(roots) == 1 else "model"
         subject = Subject(_unique(name, {s.name for s in self._subjects}), self._recorder)
         self._subjects.append(subject)
-        self._schedules[subject.name] = schedule = self._make_schedule()
+        self._writer.schedules[subject.name] = schedule = self._make_schedule()
         schedule.is_deep(0)
-        if self._ranks is None and ranks.world_size() > 1 and any(map(describe.is_wrapper, self._roots)):
-            self._ranks, self._queue.lag = ranks.Ranks(), 0 if _is_on_cpu(optimizer) else 2
+        if self._writer.ranks is None and ranks.world_size() > 1 and any(map(describe.is_wrapper, self._roots)):
+            self._writer.join_ranks(lag=0 if _is_on_cpu(optimizer) else 2)
         return subject
 
     def _include(self, subject: Subject, optimizers: Sequence[Optimizer]) -> None:
@@ -662,21 +652,15 @@ class Observer:
 
     def _note_unreadable(self, subject: Subject, roots: list[nn.Module], held: list[Tensor]) -> None:
         if not subject.roots:
-            self._cannot(subject, _MODULE_STATISTICS, "the program trains loose tensors, no module")
+            self._writer.cannot(subject, MODULE_STATISTICS, "the program trains loose tensors, no module")
         if any(True for root in roots for _ in _compiled_regions(root)):
-            self._cannot(subject, _MODULE_STATISTICS, _COMPILED)
+            self._writer.cannot(subject, MODULE_STATISTICS, COMPILED)
         if any(map(describe.is_sharded, held)):
             names = [s.name for s in STATISTICS.values() if s.axis == "parameter"]
             why = "parameters are sharded over ranks, which is not supported yet"
-            self._cannot(subject, (*names, "global_grad_norm"), why)
+            self._writer.cannot(subject, (*names, "global_grad_norm"), why)
 
-    def _cannot(self, subject: Subject, statistics: Iterable[str], why: str) -> None:
-        for statistic in statistics:
-            if (subject.name, statistic) not in self._unmeasured:
-                self._unmeasured.add((subject.name, statistic))
-                self._recorder.set_unmeasured(subject.name, statistic, why)
-
-    # ---- writing a step -------------------------------------------------------------------------------------------
+    # ---- the end of a step -------------------------------------------------------------------------------------------
 
     def _commit(self, subject: Subject, group: list[Pending]) -> None:
         window = group[0].window
@@ -691,7 +675,7 @@ class Observer:
         for _, found in entries:
             for call in found:
                 call.put_into(row)
-        done = _Step(
+        done = Step(
             subject=subject,
             step=step,
             group=group,
@@ -703,14 +687,15 @@ class Observer:
             calls=entries,
             compiled=window.compiled,
             carried=[row.put(window.carried.get(id(p.optimizer), ())) for p in group],
+            graph_nodes=window.graph_nodes,
         )
-        self._write_events(subject, step, window)
+        self._writer.write_freezing(done)
+        self._writer.write_events(subject, step, window)
         if window.graph_read and self._packs_saved:
             why = "saved tensors are packed (checkpointing, offloading): reading them could run the program again"
-            self._cannot(subject, ("attention_entropy", "attention_logit_max"), why)
-        self._queue.push(row, lambda arrived: self._write(done, arrived))
-        self._queue.drain()
-        subject.is_deep = self._schedules[subject.name].is_deep(subject.step)
+            self._writer.cannot(subject, ("attention_entropy", "attention_logit_max"), why)
+        self._writer.push(done, row)
+        subject.is_deep = self._writer.schedules[subject.name].is_deep(subject.step)
         self._prepare(subject)
 
     def _columns_of_calls(self, subject: Subject, window: Window) -> list[tuple[int, list[Call]]]:
@@ -725,7 +710,7 @@ class Observer:
                 if any(call.has_signal for call in found):  # other outputs were made for another subject's step
                     left_out |= {id(call) for call in found if call.carried and not call.has_signal}
                 shape = found[0].shape
-                subject.used(column, shape, _units(self._places[module].kind, shape))
+                subject.used(column, shape, _units(self._places[module].kind, shape), found[0].dtype)
                 entries.setdefault(column, []).extend(call for call in found if id(call) not in left_out)
             elif not any(call.has_signal for call in found):
                 for call in found:
@@ -742,29 +727,17 @@ class Observer:
 
     def _column_of_boundary(self, subject: Subject, boundary: Boundary) -> int:
         owner = self._places[boundary.owner].name if boundary.owner is not None else ""
-        offset = {"input": -0.5, "operation": 0.25, "prediction": 0.5, "target": 0.75}[boundary.role]
+        offset = {"input": -0.5, "operation": 0.25, "prediction": 0.5, "target": 0.75, "term": 0.9}[boundary.role]
         return subject.layer_column(
             f"{owner}.{boundary.name}" if owner else boundary.name,
             kind=boundary.kind,
             type=boundary.type,
             role=boundary.role,
             shape=boundary.shape,
+            dtype=boundary.call.dtype,
             units=boundary.shape[-1] if boundary.shape else 0,
             position=subject.position_after(owner, offset),
         )
-
-    def _write_events(self, subject: Subject, step: int, window: Window) -> None:
-        for kind, facts in window.events:
-            if kind == "loss-graph":
-                graph = {key: value for key, value in facts.items() if key not in ("nodes", "flat_share")}
-                if self._heads.get(subject.name) == graph:
-                    continue
-                self._heads[subject.name] = graph
-            layer = None
-            if "leaf" in facts:
-                parameter = subject.parameter_named(facts.pop("leaf") or 0)
-                layer = parameter.layer or parameter.name if parameter is not None else None
-            self._recorder.write_event(subject.name, Event(step=step, kind=kind, layer=layer, data=facts))
 
     def _prepare(self, subject: Subject) -> None:
         """Hook or unhook the subject's layers for its next step."""
@@ -778,181 +751,6 @@ class Observer:
                 handle = self._hooks.pop(module, None)
                 if handle is not None:
                     handle.remove()
-
-    def _write(self, done: _Step, row: Row) -> None:
-        """A step's readings have arrived on the host."""
-        cheap, deep = done.parameter_arrays(row)
-        cheap |= self._step_numbers(done, row, cheap)
-        watch, total = float(cheap["watch_seconds"]), float(cheap["step_seconds"])
-        self._recorder.write_row(done.subject.name, done.step, "cheap", cheap)
-        if done.is_deep:
-            deep |= self._layer_arrays(done, row)
-            if self._ranks is not None:
-                weights, bad = deep["weight_norm"], deep["weight_nonfinite"]
-                deep["replica_difference"] = ranks.replica_difference(self._ranks, weights, bad)
-            self._write_profiles(done, row)
-            deep["carried_grad_norm"] = done.carried_norm(row)
-        if deep:
-            self.deep_step = done.step
-            self._recorder.write_row(done.subject.name, done.step, "deep", deep)
-        readings = {"loss": _or_inf(cheap["loss"], cheap["loss_nonfinite"])} if done.losses else {}
-        if not math.isnan(cheap["global_grad_norm"]) or np.nansum(cheap["grad_nonfinite"]):
-            readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], math.isnan(cheap["global_grad_norm"]))
-        shown = {name: float(cheap[name]) for name in ("loss", "global_grad_norm")}
-        self._schedules[done.subject.name].observe(
-            done.step, deep=done.is_deep, seconds=total, watch_seconds=watch, readings=readings
-        )
-        if self._on_step is not None:
-            self._on_step(done.subject.name, done.step, shown)
-
-    def _step_numbers(self, done: _Step, row: Row, cheap: dict[str, Any]) -> dict[str, Any]:
-        values = row[done.losses]
-        scale = row[done.scale][0] if done.scale else 1.0
-        finite = [value / scale for value in values if math.isfinite(value)]
-        skipped = float(any(done.skipped(row)))
-        if skipped:
-            event = Event(step=done.step, kind="step-skipped", data={"loss_scale": scale})
-            self._recorder.write_event(done.subject.name, event)
-        numbers = [sum(finite), len(finite), len(values) - len(finite), done.seconds, done.watch_seconds]
-        if self._ranks is not None:
-            numbers = self._ranks.total(numbers)
-            numbers[3:] = [value / self._ranks.size for value in numbers[3:]]
-        total, count, bad, seconds, watched = numbers
-        norms = cheap["grad_norm"]
-        norm = math.sqrt(np.dot(norms, norms)) if len(norms) else math.nan
-        if math.isnan(norm):  # some tensors have no gradient, or one that is not finite
-            present = norms[~np.isnan(norms)]
-            lost = np.nansum(cheap["grad_nonfinite"]) > 0
-            norm = math.nan if lost or not len(present) else math.sqrt(np.dot(present, present))
-        clips = [(n, limit) for n, limit in zip(row[done.clips], done.limits, strict=True) if not math.isnan(n)]
-        factors = [min(1.0, limit / (n + 1e-6)) for n, limit in clips]
-        return {
-            "loss": total / count if count and not bad else math.nan,
-            "loss_nonfinite": bad,
-            "global_grad_norm": norm,
-            "global_grad_norm_unclipped": _unclipped(norm, [n for n, _ in clips], factors),
-            "clip_factor": min(factors, default=1.0),
-            "micro_batches": float(len(values)),
-            "loss_scale": scale,
-            "skipped": skipped,
-            "step_seconds": seconds,
-            "watch_seconds": watched,
-            "learning_rate": done.subject.learning_rates([(p.optimizer, p.reading.learning_rates) for p in done.group]),
-        }
-
-    def _layer_arrays(self, done: _Step, row: Row) -> dict[str, Any]:
-        width = len(done.subject.layers)
-        arrays = {name: np.full(width, np.nan) for name in _LAYER_STATISTICS}
-        for column, found in done.calls:
-            for name, value in calls.aggregate(found, row).items():
-                arrays[name][column] = value
-        if self._ranks is not None:
-            if not self._ranks.agree(width):
-                self._cannot(done.subject, _LAYER_STATISTICS, "the ranks do not run the same layers")
-                return {}
-            arrays = ranks.combine(self._ranks, arrays)
-        if any(done.subject.layers[column].module is not None for column, _ in done.calls):
-            self._read.add(done.subject.name)
-        elif done.losses and done.subject.name not in self._read:
-            self._cannot(
-                done.subject, _MODULE_STATISTICS, _COMPILED if done.compiled else "no layer was called as a module"
-            )
-        return arrays
-
-    def _write_profiles(self, done: _Step, row: Row) -> None:
-        for column, found in done.calls:
-            signals = [call.value("signal_norm", row) for call in found]
-            if len(found) > 1 and not all(map(math.isnan, signals)):
-                name = done.subject.layers[column].layer.name
-                self._recorder.write_profile(done.subject.name, done.step, "call_signal_norm", name, signals)
-
-
-@dataclass
-class _Step:
-    """A step whose readings are on their way to the host."""
-
-    subject: Subject
-    step: int
-    group: list[Pending]
-    columns: list[list[int]]
-    losses: range
-    clips: range
-    limits: list[float]
-    scale: range
-    calls: list[tuple[int, list[Call]]]
-    compiled: bool
-    carried: list[range]
-
-    def __post_init__(self) -> None:
-        self.is_deep = any(pending.deep for pending in self.group)
-        self.seconds = sum(pending.seconds for pending in self.group)
-        self.watch_seconds = sum(pending.watch_seconds for pending in self.group)
-        for pending in self.group:
-            pending.window = Window()  # its readings have moved into the row
-
-    def carried_norm(self, row: Row) -> float:
-        """The least that each optimizer's gradients held when a pass began, all optimizers together."""
-        least = [min(row[places]) for places in self.carried if places]
-        return math.sqrt(sum(value * value for value in least)) if least else math.nan
-
-    def skipped(self, row: Row) -> list[bool]:
-        """Per optimizer whether it left its weights alone."""
-        flags = [pending.reading.read(row).get("found_inf") for pending in self.group]
-        return [p.skipped or (flag is not None and flag[1][0] > 0) for p, flag in zip(self.group, flags, strict=True)]
-
-    def parameter_arrays(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(cheap, deep) arrays over the subject's parameters."""
-        width = len(self.subject.parameters)
-        names = (*_CHEAP_READINGS, *(_DEEP_READINGS if self.is_deep else ("state_nonfinite",)))
-        arrays = dict(zip(names, np.full((len(names), width), np.nan), strict=True))
-        for pending, columns in zip(self.group, self.columns, strict=True):
-            found = pending.reading.read(row)
-            scale = found.pop("grad_scale", ([0], [1.0]))[1][0]
-            found.pop("found_inf", None)
-            for name, (present, values) in found.items():
-                places = columns if len(present) == len(columns) else [columns[index] for index in present]
-                arrays[name][places] = values if name not in _SCALED else np.divide(values, scale)
-        if self.is_deep:
-            return _cheap_arrays(arrays), _deep_arrays(arrays)
-        state = arrays["state_nonfinite"]  # read at once where a gradient is not finite, whatever the schedule says
-        return _cheap_arrays(arrays), {} if np.isnan(state).all() else {"state_nonfinite": state}
-
-
-_CHEAP_READINGS = ("grad_norm", "grad_max", "grad_nonfinite")
-_DEEP_READINGS = (
-    "grad_zero_fraction", "weight_norm", "weight_nonfinite", "state_nonfinite", "update_norm", "sampled_change",
-    "sampled_norm",
-)  # fmt: skip
-_SCALED = ("grad_norm", "grad_max")
-
-
-def _cheap_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
-    """NaN readings become counts: a largest entry that is not finite means at least one entry that is not."""
-    norms, peaks, counts = (arrays[name] for name in _CHEAP_READINGS)
-    if not np.isfinite(peaks).all():
-        read = ~(np.isnan(norms) & np.isnan(peaks) & np.isnan(counts))
-        lost = read & ~np.isfinite(peaks)
-        counts = np.where(np.isnan(counts) & read, lost.astype(float), counts)
-        norms, peaks = np.where(lost, np.nan, norms), np.where(lost, np.nan, peaks)
-    elif np.isnan(counts).any():
-        counts = np.zeros_like(counts)
-    return {"grad_norm": norms, "grad_max": peaks, "grad_nonfinite": counts}
-
-
-def _deep_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
-    seen = ~np.isnan(arrays["sampled_norm"]) | ~np.isnan(arrays["weight_norm"]) | ~np.isnan(arrays["weight_nonfinite"])
-    bad = np.where(np.isnan(arrays["weight_nonfinite"]), np.where(seen, 0.0, np.nan), arrays["weight_nonfinite"])
-    lost = bad > 0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = arrays["sampled_change"] / arrays["sampled_norm"]
-    return {
-        "grad_zero_fraction": arrays["grad_zero_fraction"],
-        "weight_norm": np.where(lost, np.nan, arrays["weight_norm"]),
-        "weight_nonfinite": bad,
-        "state_nonfinite": np.where(seen & np.isnan(arrays["state_nonfinite"]), 0.0, arrays["state_nonfinite"]),
-        "update_norm": np.where(np.isfinite(arrays["update_norm"]), arrays["update_norm"], np.nan),
-        "update_ratio": np.where(np.isfinite(ratio), ratio, np.nan),
-    }
 
 
 def carried_norm(optimizer: Optimizer) -> Tensor:
@@ -982,6 +780,11 @@ def _all_parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_on_cpu(optimizer: Optimizer) -> bool:
     return all(parameter.device.type == "cpu" for parameter in _all_parameters(optimizer))
 
@@ -994,23 +797,12 @@ def _unique(name: str, taken: set[str]) -> str:
 def _units(kind: str, shape: tuple[int, ...]) -> int:
     if not shape:
         return 1
-    has_channels = len(shape) >= 4 or (kind in ("conv", "batch-norm", "instance-norm") and len(shape) > 1)
-    return shape[1] if has_channels else shape[-1]
+    return shape[calls.feature_axis(kind, len(shape))]
 
 
 def _memory(tensor: Tensor) -> int:
     """Where the tensor's memory is; 0 for layouts without a single block of it."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-
-
-def _unclipped(norm: float, clipped: Sequence[float], factors: Sequence[float]) -> float:
-    """The norm before clipping: each part of the gradients that was clipped had a norm n, and has n times a factor."""
-    lost = [n * n * (1 - factor * factor) for n, factor in zip(clipped, factors, strict=True)]
-    return math.sqrt(norm * norm + sum(lost))
-
-
-def _or_inf(value: Any, nonfinite: float) -> float:
-    return math.inf if nonfinite else float(value)
 
 
 def _caller() -> FrameType | None:

@@ -26,6 +26,7 @@ class ParameterReading:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trainable = [p.requires_grad for p in self.parameters]
         self.learning_rates = [learning_rate(group.get("lr", math.nan)) for group in optimizer.param_groups]
         self._tensors: dict[str, tuple[list[int], list[Tensor]]] = {}
         self._known: Readings = {}
@@ -93,6 +94,9 @@ class ParameterReading:
         counts = [kernels.num_nonfinite(weights[i]) for i in suspects]
         self._tensors["weight_nonfinite"] = [present[i] for i in suspects], counts
         self._before = [kernels.parameter_sample(weight).clone() for weight in weights]
+        layered = [(i, w) for i, w in zip(present, weights, strict=True) if w.dim() >= 2 and len(w) > 1]
+        spreads = [kernels.unit_spread(weight) for _, weight in layered]
+        self._tensors["unit_spread"] = [i for i, _ in layered], spreads
 
     def _weights(self) -> tuple[list[int], list[Tensor]]:
         readable = [(i, p) for i, p in enumerate(self.parameters) if not is_sharded(p) and _is_ready(p)]

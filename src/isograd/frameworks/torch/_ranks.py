@@ -104,6 +104,9 @@ def replica_difference(ranks: Ranks, norms: Floats, nonfinite: Floats) -> Floats
 
 
 _SUMMED = ("calls", "output_size", "output_nonfinite", "input_nonfinite", "signal_nonfinite")
-_AVERAGED = ("output_zero_fraction", "saturation", "attention_entropy", "padding_fraction")
-_LARGEST = ("output_max", "row_sum_max", "attention_logit_max", "column_scale_ratio")
+_AVERAGED = (
+    "output_zero_fraction", "saturation", "attention_entropy", "padding_fraction", "signal_zero_fraction",
+    "row_similarity", "batch_statistics_gap",
+)  # fmt: skip
+_LARGEST = ("output_max", "row_sum_max", "attention_logit_max", "column_scale_ratio", "distinct_values")
 _SMALLEST = ("output_min", "row_sum_min", "dead_fraction")

@@ -42,6 +42,8 @@ class Subject:
         self._parameter_refs: dict[int, weakref.ref[Tensor]] = {}
         self._plans: weakref.WeakKeyDictionary[Optimizer, tuple[int, Columns]] = weakref.WeakKeyDictionary()
         self._offsets: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._trainable: dict[int, bool] = {}
+        self._frozen_in_name: set[str] = set()
         self._uses = 0
         self._groups: list[dict[str, Any]] = []
 
@@ -90,10 +92,52 @@ class Subject:
 
     def _set_group(self, parameter: Tensor, group: int) -> None:
         column = self._parameter_columns[id(parameter)]
-        now = replace(self.parameters[column], optimized=True, group=group, trainable=parameter.requires_grad)
-        if now != self.parameters[column]:
-            self.parameters[column] = now
-            self._recorder.update_parameter(self.name, column, now)
+        self._update_parameter(column, optimized=True, group=group)
+
+    def _update_parameter(self, column: int, **facts: Any) -> bool:
+        """Whether anything has changed."""
+        now = replace(self.parameters[column], **facts)
+        if now == self.parameters[column]:
+            return False
+        self.parameters[column] = now
+        self._recorder.update_parameter(self.name, column, now)
+        return True
+
+    def note_trainable(self, columns: Sequence[int], flags: Sequence[bool]) -> list[Parameter]:
+        """Keep `trainable` current; the parameters for which it has changed since it was noted first.
+
+        `columns` may be longer: a group may have been added since `flags` were read.
+        """
+        changed = []
+        for column, flag in zip(columns, flags, strict=False):
+            if column < 0 or self._trainable.get(column) is flag:
+                continue
+            if self._update_parameter(column, trainable=flag) and column in self._trainable:
+                changed.append(self.parameters[column])
+            self._trainable[column] = flag
+        return changed
+
+    def note_others_trainable(self, noted: set[int]) -> list[Parameter]:
+        """As `note_trainable`, as they are now, of the parameters that still exist and have not been noted."""
+        columns, flags = [], []
+        for key, ref in self._parameter_refs.items():
+            parameter, column = ref(), self._parameter_columns[key]
+            if parameter is not None and column not in noted:
+                columns.append(column)
+                flags.append(parameter.requires_grad)
+        return self.note_trainable(columns, flags)
+
+    def modules_frozen_in_name(self) -> list[str]:
+        """Modules with an attribute `requires_grad` that is False while their parameters need gradients; each once."""
+        found = [
+            path or self.name
+            for root, prefix in self.roots.items()
+            for path, module in describe.walk(root, prefix)
+            if module.__dict__.get("requires_grad") is False and any(p.requires_grad for p in module.parameters())
+        ]
+        fresh = [name for name in found if name not in self._frozen_in_name]
+        self._frozen_in_name.update(fresh)
+        return fresh
 
     def add_parameters(self, named: Iterable[tuple[str, str, Tensor]]) -> None:
         """Give (name, layer, tensor)s a column each, unless they have one; names are made unique."""
@@ -144,11 +188,11 @@ class Subject:
             self._add_entries([LayerEntry(Layer(name=name, **facts))])
         return self._layer_columns[name]
 
-    def used(self, column: int, shape: tuple[int, ...], units: int) -> None:
-        """Note the first use of a layer: its place in the order, the shape it returned, its number of units."""
+    def used(self, column: int, shape: tuple[int, ...], units: int, dtype: str) -> None:
+        """Note the first use of a layer: its place in the order, what it returned, its number of units."""
         entry = self.layers[column]
         if entry.layer.position == float("inf"):
-            entry.layer = replace(entry.layer, position=float(self._uses), shape=shape, units=units)
+            entry.layer = replace(entry.layer, position=float(self._uses), shape=shape, units=units, dtype=dtype)
             self._uses += 1
             self._recorder.update_layer(self.name, column, entry.layer)
 

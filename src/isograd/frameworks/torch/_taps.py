@@ -7,6 +7,7 @@ so nothing here is seen by `torch.compile`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -37,9 +38,9 @@ _undo: list[Callable[[], None]] = []
 _is_stepping = False
 
 
-def subscribe(listener: Listener) -> None:
-    """Tell `listener` from now on; the first subscriber installs the taps."""
-    _listeners.append(listener)
+def subscribe(listener: Listener, *, first: bool = False) -> None:
+    """Tell `listener` from now on, after the others or before them; the first subscriber installs the taps."""
+    _listeners.insert(0 if first else len(_listeners), listener)
     if not _undo:
         _install()
 
@@ -49,6 +50,19 @@ def unsubscribe(listener: Listener) -> None:
     if listener in _listeners:
         _listeners.remove(listener)
     _restore_if_unused()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Within it nobody hears anything but who subscribes inside: a rehearsal is no part of a run that is watched."""
+    others = _listeners[:]
+    # Somebody has to listen, or the taps that the others rely on would be taken out meanwhile.
+    _listeners[:] = [_StepWatch(None)] if others else []
+    try:
+        yield
+    finally:
+        _listeners[:] = others
+        _restore_if_unused()
 
 
 def _restore_if_unused() -> None:
@@ -191,7 +205,7 @@ def _tap_saved_tensors(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 class _StepWatch:
     """Hears only whether one optimizer stepped: `GradScaler.step` leaves it out after an overflow."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer | None) -> None:
         self.optimizer, self.stepped = optimizer, False
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:

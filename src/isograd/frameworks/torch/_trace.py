@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from isograd.frameworks.torch import _kernels as kernels
-from isograd.frameworks.torch._calls import CALLS, Call, read_activation, read_values, unit_axis
+from isograd.frameworks.torch._calls import (
+    CALLS,
+    Call,
+    dtype_name,
+    feature_axis,
+    read_activation,
+    read_distinct,
+    read_similarity,
+    read_values,
+    unit_axis,
+)
 
 NODES = 20000
 """Nodes that are visited; a longer graph is read from the loss up to there."""
@@ -73,7 +83,8 @@ class Operation:
 @dataclass
 class Trace:
     """What one walk found. `head`: operations from the loss down to the first layer. `compiled`: a compiled
-    region hides what is behind it. `reached`: the leaf tensors that the loss depends on, by id.
+    region hides what is behind it. `reached`: the leaf tensors that the loss depends on, by id. `edges`: the nodes
+    below each node, None where no gradient goes; `names`: each node's operation.
     """
 
     head: list[Any] = field(default_factory=list)
@@ -81,7 +92,13 @@ class Trace:
     losses: list[Any] = field(default_factory=list)
     reached: dict[int, Tensor] = field(default_factory=dict)
     compiled: bool = False
-    num_nodes: int = 0
+    edges: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    names: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that were visited."""
+        return len(self.edges)
 
 
 def operation_name(node: Any) -> str:
@@ -113,10 +130,10 @@ def read_graph(loss: Tensor) -> Trace:
         return trace
     inside: dict[Any, Place | None] = {}
     for node, parent in walk(loss.grad_fn):
-        trace.num_nodes += 1
         place = place_of(node)
         inside[node] = (place if place.kind in COMPOSITE else None) if place else inside.get(parent)
-        name = operation_name(node)
+        name = trace.names[node] = operation_name(node)
+        trace.edges[node] = tuple([below for below, _ in node.next_functions])
         if name == "AccumulateGrad":
             trace.reached[id(node.variable)] = node.variable
         elif name == "CompiledFunction":
@@ -204,7 +221,7 @@ def _head(node: Any) -> list[Any]:
 
 def head_facts(trace: Trace) -> dict[str, Any]:
     """The head in plain values: names, shapes of the results, and over how many entries each softmax goes."""
-    names, shapes = [operation_name(node) for node in trace.head], [_result_shape(node) for node in trace.head]
+    names, shapes = [operation_name(node) for node in trace.head], [result_shape(node) for node in trace.head]
     rows = zip(trace.head, names, shapes, strict=True)
     sizes = [shape[node._saved_dim - _WRAP * (node._saved_dim >= _WRAP // 2)] for node, name, shape in rows
              if name in ("Softmax", "LogSoftmax") and shape]  # fmt: skip
@@ -231,7 +248,8 @@ _WRAP = 2**64
 """A negative dimension is saved as an unsigned number."""
 
 
-def _result_shape(node: Any) -> list[int]:
+def result_shape(node: Any) -> list[int]:
+    """The shape of the tensor that a node made."""
     if operation_name(node) == "AccumulateGrad":
         return list(node.variable.shape)
     metadata = getattr(node, "_input_metadata", ())
@@ -253,13 +271,36 @@ def saved(node: Any, *names: str) -> Tensor | None:
     return None
 
 
+def batch_moments(node: Any, epsilon: float) -> tuple[Tensor, Tensor] | None:
+    """(mean, biased variance) of each channel that a batch normalization's node has kept; None for other nodes."""
+    if node is None or not operation_name(node).endswith("BatchNorm"):
+        return None
+    mean, inverse = saved(node, "result1"), saved(node, "result2")  # the second one is 1 / sqrt(variance + epsilon)
+    if mean is None or inverse is None or not mean.numel() or not inverse.numel():
+        return None
+    return mean, inverse.double().pow(-2) - epsilon
+
+
 def read_operation(operation: Operation, after: str) -> list[tuple[Any, Call]]:
     """(node, readings) of each call of a functional activation or attention, first call first."""
     nodes = sorted(operation.nodes, key=order)
     if len(nodes) > CALLS:
         nodes = [nodes[round(i * (len(nodes) - 1) / (CALLS - 1))] for i in range(CALLS)]
     read = _read_attention if operation.kind == "attention" else _read_activation
-    return [(node, call) for node in nodes if (call := read(node, operation.kind, after)) is not None]
+    found = [(node, call) for node in nodes if (call := read(node, operation.kind, after)) is not None]
+    if found and operation.kind != "attention":
+        _read_similarity(*found[-1], operation.kind, after)
+    return found
+
+
+def _read_similarity(node: Any, call: Call, kind: str, after: str) -> None:
+    """How much alike the rows of an activation's output are; where only its input was saved, it is applied to some."""
+    result, x = saved(node, "result"), saved(node, "self")
+    values = x if result is None else result
+    if values is None or values.dim() < 2 or not values.numel():
+        return
+    rows = kernels.some_rows(values, feature_axis(after, values.dim()))
+    read_similarity(call, rows if result is not None else _apply(kind, rows, _constants(node, kind)), -1)
 
 
 def _read_activation(node: Any, kind: str, after: str) -> Call | None:
@@ -314,7 +355,7 @@ def _read_attention(node: Any, kind: str, after: str) -> Call | None:
     if query is None or key is None or not query.numel() or not key.numel():
         return None
     scale = getattr(node, "_saved_scale", None)
-    call = Call(size=query.numel())
+    call = Call(size=query.numel(), dtype=dtype_name(query))
     call.readings["entropy"], call.readings["logit"] = kernels.attention_from_operands(
         query,
         key,
@@ -326,7 +367,7 @@ def _read_attention(node: Any, kind: str, after: str) -> Call | None:
 
 
 def _read_softmax(node: Any, weights: Tensor) -> Call:
-    call = Call(size=weights.numel())
+    call = Call(size=weights.numel(), dtype=dtype_name(weights))
     call.readings["entropy"] = kernels.attention_from_weights(weights)
     # The largest weight of a row against its smallest visible one bounds the logits only from below; the product's
     # operands give them exactly, and the factor between product and softmax shows in the weights themselves.
@@ -380,99 +421,15 @@ def read_loss(node: Any) -> LossInputs | None:
     return LossInputs(
         operation=operation_name(node),
         prediction=read_values(prediction, boundary=True, rows=True),
-        target=read_values(target, boundary=True, rows=True),
+        target=_read_target(target),
         prediction_shape=before,
         target_shape=tuple(target.shape),
         broadcast=expanded is not None,
-        target_dtype=str(target.dtype).removeprefix("torch."),
+        target_dtype=dtype_name(target),
     )
 
 
-# ---- where a non-finite loss came from ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BadOperation:
-    """The most upstream operation that made NaN or Inf: `operation`, how many entries of how many, and the reason.
-
-    `owner`: a parameter that the operation's input comes from (its layer is the place), or "".
-    `place`: "operation", or "input" when non-finite data entered from outside.
-    """
-
-    place: str
-    operation: str
-    reason: str
-    count: int
-    size: int
-    owner: int | None
-
-
-def first_bad_operation(loss: Tensor) -> BadOperation | None:
-    """The most upstream node with an invalid operand or a non-finite result, or None when no saved tensor shows it."""
-    if loss.grad_fn is None:
-        return None
-    for node in sorted((node for node, _ in walk(loss.grad_fn)), key=order):
-        found = _examine(node)
-        if found is not None:
-            return found
-    return None
-
-
-def _examine(node: Any) -> BadOperation | None:
-    name = operation_name(node)
-    reason, bad = _invalid(node, name)
-    if bad is None:
-        return None
-    count = int(bad.sum())
-    if not count:
-        return None
-    place = "input" if reason == "non-finite data" else "operation"
-    return BadOperation(place, name, reason, count, bad.numel(), _nearest_leaf(node))
-
-
-def _invalid(node: Any, name: str) -> tuple[str, Tensor | None]:
-    operand = saved(node, "self")
-    if name in ("Log", "Log2", "Log10") and operand is not None:
-        return "log of 0 or of a negative number", operand <= 0
-    if name == "Log1P" and operand is not None:
-        return "log1p of -1 or less", operand <= -1
-    if name == "Div":
-        divisor = saved(node, "other")
-        return "division by 0", None if divisor is None else divisor == 0
-    if name in ("Sqrt", "Rsqrt"):
-        result = saved(node, "result")
-        return f"{name.lower()} of a negative number or 0", None if result is None else ~torch.isfinite(result)
-    if name in ("Acos", "Asin") and operand is not None:
-        return f"{name.lower()} outside [-1, 1]", operand.abs() > 1
-    result = saved(node, "result", "output")
-    if name in ("Softmax", "LogSoftmax") and result is not None:
-        return "every entry of a row masked, or a non-finite logit", torch.isnan(result)
-    if name == "Exp" and result is not None:
-        return "exp overflow", torch.isinf(result)
-    if name in ("Std", "Var") and operand is not None:
-        few = operand.new_tensor(operand.numel() < 2 or _reduced(node, operand) < 2)
-        return "spread of fewer than two values", few.bool().reshape(1)
-    data = _outside_operand(node, name)
-    if data is not None:
-        return "non-finite data", ~torch.isfinite(data)
-    if result is not None and result.is_floating_point():
-        return "non-finite result", ~torch.isfinite(result)
-    return "", None
-
-
-def _reduced(node: Any, operand: Tensor) -> int:
-    dims = getattr(node, "_saved_dim", None) or range(operand.dim())
-    return math.prod(operand.shape[dim if dim < operand.dim() else dim - 2**64] for dim in dims)
-
-
-def _outside_operand(node: Any, name: str) -> Tensor | None:
-    """The matrix that a weight is multiplied with, where it came from outside the graph."""
-    operand = {"Addmm": "mat1", "Mm": "self", "Convolution": "input"}.get(name)
-    if operand is None:
-        return None
-    tensor = saved(node, operand)
-    return tensor if tensor is not None and not tensor.requires_grad else None
-
-
-def _nearest_leaf(node: Any) -> int | None:
-    return next((id(below.variable) for below, _ in walk(node) if operation_name(below) == "AccumulateGrad"), None)
+def _read_target(target: Tensor) -> Call:
+    call = read_values(target, boundary=True, rows=True)
+    read_distinct(call, target)
+    return call

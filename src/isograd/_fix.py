@@ -1,0 +1,293 @@
+"""Find a treatment that helps: run, diagnose, try, verify, rank. `isograd fix` in one function.
+
+1. The program as it is, once, gives the diagnosis and the yardstick.
+2. *Screening*: every candidate runs once with the same seed, on the shortest part of the run that shows the fault,
+   beside the untreated program once more, which tells what chance alone does.
+3. *Verification*: the best of them run on other seeds, paired with untreated runs, for half of the run, and for the
+   whole where that does not decide. Only this counts, so that luck in the screening does not. If the best improves
+   without resolving, it is tried together with the second.
+
+Screening and verification are successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943) with two rungs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from isograd._diagnose import Diagnosis
+from isograd._history import History
+from isograd._remedy import Treatment
+from isograd._rule import Options
+from isograd._treat import combine, every_treatment, treat
+from isograd._trial import Program, Trial, run_trial
+from isograd._verify import MATTERS, Arm, Verdict, compare
+
+CANDIDATES = 8
+"""Screened by default: with the runs before and after, about three times the time of the program at two jobs."""
+
+FINALISTS = 2
+SHARE = 4
+"""Screening runs for a quarter of the steps, unless the fault shows later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A treatment with its verdict: on one pair from the screening, or on `verified` pairs of other seeds."""
+
+    treatment: Treatment
+    verdict: Verdict
+    seconds: float
+    verified: int = 0
+
+    @property
+    def recommended(self) -> bool:
+        """Better than doing nothing on pairs that did not choose it."""
+        return self.verified > 1 and self.verdict.helps
+
+    def to_dict(self) -> dict[str, Any]:
+        """One of `trials` of `fix --json`."""
+        return {
+            **self.treatment.to_dict(),
+            **self.verdict.to_dict(),
+            "pairs": self.verified or 1,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fix:
+    """What was found and what was tried, best first. `best` indexes `trials`.
+
+    `diagnosis`: of the untreated program; `confirmed`: its causes that a treatment for them resolved. `noise`: the
+    effect of running the same program again, 0 where it is reproducible. `steps`: of verification.
+    """
+
+    diagnosis: Diagnosis
+    trials: tuple[Tried, ...] = ()
+    noise: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    baseline_seconds: float = 0.0
+    interrupted: bool = False
+    error: str = ""
+
+    @property
+    def best(self) -> int | None:
+        """The index of the recommended treatment; None where nothing was better than doing nothing."""
+        return next((index for index, tried in enumerate(self.trials) if tried.recommended), None)
+
+    @property
+    def confirmed(self) -> tuple[str, ...]:
+        """Causes that a treatment for them resolved."""
+        found = (t.treatment.cause for t in self.trials if t.recommended and t.verdict.outcome == "resolved")
+        return tuple(dict.fromkeys(cause for cause in found if cause))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`fix --json`, schema 1."""
+        return {
+            "schema": 1,
+            "baseline": {**self.diagnosis.to_dict(), "confirmed": list(self.confirmed), "error": self.error},
+            "trials": [tried.to_dict() for tried in self.trials],
+            "best": self.best,
+            "noise": self.noise,
+            "steps": self.steps,
+            "seconds": round(self.seconds, 3),
+            "baseline_seconds": round(self.baseline_seconds, 3),
+            "interrupted": self.interrupted,
+        }
+
+
+Report = Callable[[str, int, int], None]
+"""Told of the stage, and how many of its runs are done out of how many."""
+
+
+@dataclass(kw_only=True)
+class Search:
+    """The search for one program. `executor` runs trials: any of `concurrent.futures`, so also a cluster's.
+
+    `every`: try the whole catalogue in its default form. `seeds`: pairs that verify. `limit`: s that a run may take.
+    """
+
+    program: Program
+    steps: int | None = None
+    seeds: int = 3
+    every: bool = False
+    limit: float = 60.0
+    threads: int = 1
+    memory: int | None = None
+    executor: Executor
+    options: Options = field(default_factory=dict)
+    report: Report = lambda stage, done, total: None
+
+    def run(self) -> Fix:
+        """Search until something is verified or nothing is left. Ctrl-C ends it with what is known."""
+        began = time.perf_counter()
+        (first,) = self._arms("the program as it is", [self._trial()])
+        fix = Fix(diagnosis=first.diagnosis, steps=first.steps, baseline_seconds=first.seconds, error=first.error)
+        if first.steps and (not first.diagnosis.healthy or self.every):
+            *_, fix = self._stages(first, fix)
+        return replace(fix, seconds=time.perf_counter() - began)
+
+    def _stages(self, first: Arm, fix: Fix) -> Iterator[Fix]:
+        """The state of the search after each stage."""
+        try:
+            history = _subject_of(first.diagnosis)
+            candidates = self._candidates(first.diagnosis, history)
+            screened, noise = self._screen(first, candidates, history.subject)
+            fix = replace(fix, trials=tuple(screened), noise=noise)
+            yield fix
+            yield from self._verify(first, fix, history.subject)
+        except KeyboardInterrupt:
+            yield replace(fix, interrupted=True)
+
+    def _candidates(self, diagnosis: Diagnosis, history: History) -> list[Treatment]:
+        proposed = [t for t in treat(diagnosis) if t.changes and t.applicability == "automatic"]
+        if not self.every:
+            return proposed[:CANDIDATES]
+        return list({str(t): t for t in (*proposed, *every_treatment(history))}.values())
+
+    def _screen(self, first: Arm, candidates: Sequence[Treatment], subject: str) -> tuple[list[Tried], float]:
+        steps = _screening_steps(first)
+        again, *arms = self._arms(
+            "trying treatments",
+            [self._trial(steps=steps, subject=subject)]
+            + [self._trial(changes=t.changes, steps=steps, subject=subject) for t in candidates],
+        )
+        noise = abs(compare([_cut(first, steps)], [again]).effect.value)
+        tried = [
+            Tried(treatment=t, verdict=compare([again], [arm], cause=t.cause), seconds=arm.seconds)
+            for t, arm in zip(candidates, arms, strict=True)
+        ]
+        return sorted(tried, key=_promise, reverse=True), noise
+
+    def _verify(self, first: Arm, fix: Fix, subject: str) -> Iterator[Fix]:
+        steps = self._verification_steps(first)
+        fix = replace(fix, steps=steps)
+        chance = max(MATTERS, 2 * fix.noise)
+        finalists = [t for t in fix.trials if _is_promising(t, chance)][:FINALISTS]
+        if not finalists:
+            return
+        fix = yield from self._verify_at(fix, finalists, subject, steps)
+        undecided = [t for t in fix.trials if t.verified and t.verdict.outcome == "inconclusive"]
+        if undecided and fix.best is None and steps < first.steps:
+            # Half of the run was too short to tell: then the whole has to.
+            yield from self._verify_at(replace(fix, steps=first.steps), undecided[:1], subject, first.steps)
+
+    def _verify_at(self, fix: Fix, finalists: Sequence[Tried], subject: str, steps: int) -> Generator[Fix, None, Fix]:
+        seeds = range(1, self.seeds + 1)
+
+        def trials(treatment: Treatment | None) -> list[Trial]:
+            changes = treatment.changes if treatment is not None else ()
+            return [self._trial(changes=changes, seed=seed, steps=steps, subject=subject) for seed in seeds]
+
+        waiting = [tried.treatment for tried in finalists]
+        arms = self._arms("verifying", [*trials(None), *trials(waiting[0])])
+        before, after = arms[: self.seeds], arms[self.seeds :]
+        fix = _with(fix, self._tried(waiting.pop(0), before, after))
+        yield fix
+        if waiting and fix.trials[0].verdict.outcome == "improved":
+            waiting.insert(0, combine(fix.trials[0].treatment, waiting[0]))
+        while waiting and fix.trials[0].verdict.outcome != "resolved":
+            treatment = waiting.pop(0)
+            fix = _with(fix, self._tried(treatment, before, self._arms("verifying", trials(treatment))))
+            yield fix
+        return fix
+
+    def _tried(self, treatment: Treatment, before: Sequence[Arm], after: Sequence[Arm]) -> Tried:
+        verdict = compare(before, after, cause=treatment.cause)
+        return Tried(treatment=treatment, verdict=verdict, seconds=sum(a.seconds for a in after), verified=len(after))
+
+    def _verification_steps(self, first: Arm) -> int:
+        """Half of the run, unless the fault shows later; the whole of it where `steps` were asked for."""
+        return first.steps if self.steps else max(_screening_steps(first), first.steps // 2)
+
+    def _trial(self, **what: Any) -> Trial:
+        limits = {"seconds": self.limit, "memory": self.memory, "threads": self.threads}
+        return Trial(program=self.program, **{"steps": self.steps, **limits, **what})
+
+    def _arms(self, stage: str, trials: Sequence[Trial]) -> list[Arm]:
+        """The runs of trials, in their order; the same trial is run once."""
+        self.report(stage, 0, len(trials))
+        futures = [self.executor.submit(run_trial, trial, self.options) for trial in trials]
+        try:
+            for done, _ in enumerate(as_completed(futures), 1):
+                self.report(stage, done, len(trials))
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+
+def fix(
+    program: Program,
+    *,
+    steps: int | None = None,
+    seeds: int = 3,
+    jobs: int = 2,
+    every: bool = False,
+    limit: float = 60.0,
+    threads: int = 1,
+    memory: int | None = None,
+    options: Options | None = None,
+    report: Report | None = None,
+) -> Fix:
+    """Search on this machine with `jobs` processes at once; see `Search`."""
+    with ThreadPoolExecutor(max_workers=jobs) as executor:
+        search = Search(
+            program=program,
+            steps=steps,
+            seeds=seeds,
+            every=every,
+            limit=limit,
+            threads=threads,
+            memory=memory,
+            executor=executor,
+            options=options or {},
+            **({"report": report} if report is not None else {}),
+        )
+        return search.run()
+
+
+def _subject_of(diagnosis: Diagnosis) -> History:
+    """Where the first cause is."""
+    causes = diagnosis.at_least("warning")
+    name = causes[0].finding.subject if causes else diagnosis.subjects[0]
+    return next(history for history in diagnosis.histories if history.subject == name)
+
+
+def _screening_steps(first: Arm) -> int:
+    """A quarter of the run, at least 20 steps, and twice as long as the fault and what it causes take to show."""
+    told = [f for cause in first.diagnosis.at_least("warning")[:1] for f in (cause.finding, *cause.symptoms)]
+    shows = max((finding.first_step for finding in told if finding.level != "info"), default=0)
+    return min(first.steps, max(first.steps // SHARE, 20, 2 * (shows + 1)))
+
+
+def _cut(arm: Arm, steps: int) -> Arm:
+    return replace(arm, losses=arm.losses[:steps], error="")
+
+
+def _promise(tried: Tried) -> tuple[bool, bool, float, float]:
+    """What resolves its cause without harm comes first, then what lowers the loss most, then what was likely to."""
+    cured = tried.treatment.cause in tried.verdict.resolved
+    matters = tried.verdict.effect.value >= MATTERS
+    harmless = tried.verdict.outcome != "worse" and tried.verdict.effect.value > -MATTERS
+    return cured and harmless, matters, tried.verdict.effect.value if matters else 0.0, tried.treatment.score
+
+
+def _is_promising(tried: Tried, chance: float) -> bool:
+    """Worth more runs: better than chance, or free of its cause while the harm has not shown in the loss yet."""
+    cured, matters, *_ = _promise(tried)
+    return cured or (matters and tried.verdict.effect.value >= chance)
+
+
+def _with(fix: Fix, tried: Tried) -> Fix:
+    """The state with one more verified treatment: recommended ones first, by the low end of their effect."""
+    rest = [t for t in fix.trials if str(t.treatment) != str(tried.treatment)]
+    verified = [t for t in rest if t.verified] + [tried]
+    verified.sort(key=lambda t: (t.verdict.outcome == "resolved", t.recommended, t.verdict.effect.low), reverse=True)
+    return replace(fix, trials=(*verified, *(t for t in rest if not t.verified)))

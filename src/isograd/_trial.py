@@ -1,0 +1,206 @@
+"""Run the user's program again, unchanged, in a process of its own, with and without a treatment.
+
+A trial is data and `run_trial` a plain function of it, so any `concurrent.futures.Executor` can run trials; the local
+one is a pool of threads, each waiting for one process. Processes are forked from a server that has imported the
+framework once, where the platform has that: starting one takes milliseconds instead of seconds.
+
+The program runs where the user runs it: what it writes (checkpoints, logs), every trial writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isograd._changes import Change
+from isograd._diagnose import Diagnosis
+from isograd._history import Floats, History
+from isograd._recorded import diagnose_run
+from isograd._rule import Options
+from isograd._runs import list_runs, read_run
+from isograd._verify import Arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A script with its arguments, or a module with `module`."""
+
+    args: tuple[str, ...]
+    module: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of a program.
+
+    `seed`: 0 is the program as it is; others are added to every seed that it sets. `steps`: end it after so many
+    optimizer steps. `seconds`, `memory`: limits, in s of wall time and in bytes of its processes together. `threads`:
+    of the framework. `subject`: whose loss is compared, the first one where it is None.
+    """
+
+    program: Program
+    changes: tuple[Change, ...] = ()
+    seed: int = 0
+    steps: int | None = None
+    seconds: float = 3600.0
+    memory: int | None = None
+    threads: int = 1
+    subject: str | None = None
+
+
+def run_trial(trial: Trial, options: Options | None = None) -> Arm:
+    """Run it, wait for it, and judge what it recorded. A run that a limit cut short says so in `error`.
+
+    Never raises because of what the program does. `options`: of rules, as `diagnose` takes them.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="isograd-trial-") as folder:
+        out = Path(folder)
+        error = _run_in_process(trial, out)
+        arm = _judged(trial, out, options or {}, error)
+    return replace(arm, seconds=time.perf_counter() - began)
+
+
+def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
+    runs = [run for run in list_runs(out) if run.steps]
+    if not runs:
+        nothing = Diagnosis(run="", subjects=(), steps=0)
+        return Arm(seed=trial.seed, losses=np.empty(0), diagnosis=nothing, error=error or "it took no optimizer step")
+    run = read_run(runs[-1].path)
+    diagnosis = diagnose_run(run, options)
+    history = next((h for h in run.histories if h.subject == trial.subject), run.histories[0])
+    return Arm(
+        seed=trial.seed,
+        losses=losses_of(history),
+        diagnosis=diagnosis,
+        error=error,
+        step_seconds=_median(history, "step_seconds"),
+    )
+
+
+def losses_of(history: History) -> Floats:
+    """The loss of each step from 0 on; NaN where it was not finite or not read."""
+    losses = np.full(history.num_steps, np.nan)
+    if "loss" in history.series:
+        series = history.series["loss"]
+        losses[series.steps] = series.values
+    return losses
+
+
+def _median(history: History, statistic: str) -> float:
+    values = history.series[statistic].values if statistic in history.series else np.empty(0)
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
+# ---- the process ------------------------------------------------------------------------------------------------
+
+
+def _run_in_process(trial: Trial, out: Path) -> str:
+    """What ended it before its time, in words; "" for a program that ended well."""
+    process = _context().Process(target=_child, args=(trial, out), daemon=False)
+    process.start()
+    limit, why = time.monotonic() + trial.seconds, ""
+    try:
+        while process.is_alive() and not why:
+            process.join(0.05)
+            if time.monotonic() > limit:
+                why = f"it was ended at the time limit of {trial.seconds:.0f} s"
+            elif trial.memory is not None and resident_memory(process.pid) > trial.memory:
+                why = f"it was ended at the memory limit of {trial.memory / 2**20:.0f} MiB"
+    finally:
+        if process.is_alive():
+            _kill(process)
+        process.join()
+    if why or process.exitcode == 0:
+        return why
+    return _last_words(out) or f"it ended with status {process.exitcode}"
+
+
+def _kill(process: Any) -> None:
+    """The process and everything that it started: it leads a group of its own."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        with contextlib.suppress(OSError, AttributeError):
+            os.killpg(process.pid, number)
+        process.join(1.0)
+    if process.is_alive():
+        process.kill()
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["isograd._trial", "isograd._launch", "isograd._watch", "isograd.frameworks.torch"])
+    return context
+
+
+def _child(trial: Trial, out: Path) -> None:
+    """In the new process: lead a group, be silent, train as asked."""
+    from isograd._launch import launch
+    from isograd.frameworks.torch import set_threads
+
+    with contextlib.suppress(OSError, AttributeError):
+        os.setsid()
+    log = os.open(out / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - for as long as the process lives
+    set_threads(trial.threads)
+    result = launch(
+        list(trial.program.args),
+        module=trial.program.module,
+        steps=trial.steps,
+        out=out,
+        changes=trial.changes,
+        seed_shift=trial.seed,
+    )
+    if result.note:
+        print(result.note, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(result.status)
+
+
+def _last_words(out: Path) -> str:
+    """The last line that the program wrote, which of a traceback is the exception."""
+    with contextlib.suppress(OSError):
+        lines = (out / "log").read_text(errors="replace").strip().splitlines()
+        return lines[-1].strip()[:300] if lines else ""
+    return ""
+
+
+def resident_memory(leader: int) -> int:
+    """Bytes of memory that a process and its group hold; 0 where the platform does not tell."""
+    total, page = 0, _page_size()
+    for entry in Path("/proc").glob("[0-9]*") if page else ():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == leader or int(entry.name) == leader:
+                total += int((entry / "statm").read_text().split()[1]) * page
+    return total
+
+
+def _page_size() -> int:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this machine could still give; None where the platform does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

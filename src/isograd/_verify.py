@@ -1,0 +1,199 @@
+"""Did it help? The verdict on a treatment from paired runs of the same program, with and without it.
+
+Each seed gives a pair: the untreated run and the treated one, at equal steps, judged by the program's own loss. A
+run's *end* is the mean loss of its last quarter, where a step above the start, or without a finite loss, counts as the
+start: a spike is lost progress, however high. The *effect* of a pair is
+
+    (end untreated - end treated) / (start - lowest end of any run in the comparison)
+
+the share of the progress that was made anywhere which the treatment adds: 1 where the program stands still without
+it, 0 where it changes nothing, below 0 where it harms. It does not depend on the loss's unit or offset. A run that ends
+in NaN, Inf or an exception has made no progress: its end is its start.
+
+The interval is Student's t over the pairs (two-sided 95 %): a treatment that does nothing is called an improvement in
+at most 2.5 % of comparisons, as far as pairs are normal. Which treatment is compared has to be chosen on other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isograd._diagnose import Diagnosis
+
+Outcome = Literal["resolved", "improved", "no-effect", "worse", "inconclusive"]
+
+MATTERS = 0.02
+"""The smallest effect that is called one: a fiftieth of the progress made."""
+
+_T975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 % for 1 to 9 degrees of freedom (tables; scipy.stats.t.ppf in the tests)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One run of the program. `losses`: the program's own loss of each step, NaN where it was not finite.
+
+    `error`: what ended it, if not its own end. `seconds`: wall time; `step_seconds`: median time of a step.
+    `diagnosis`: what isograd found in it.
+    """
+
+    seed: int
+    losses: NDArray[np.float64]
+    diagnosis: Diagnosis
+    error: str = ""
+    seconds: float = math.nan
+    step_seconds: float = math.nan
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A number and its 95 % interval; infinite where one pair gives none."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON values: an end that is not finite is null."""
+        return {
+            name: getattr(self, name) if math.isfinite(getattr(self, name)) else None
+            for name in ("value", "low", "high")
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the pairs say. `ends`: (untreated, treated) per seed, in the loss's own unit.
+
+    `resolved`: causes at warning or above of every untreated run that no treated run has; `introduced`: causes that a
+    treated run has and no untreated one. `time_ratio`: time of a step with the treatment over without.
+    """
+
+    outcome: Outcome
+    effect: Effect
+    ends: tuple[tuple[float, float], ...] = ()
+    resolved: tuple[str, ...] = ()
+    introduced: tuple[str, ...] = ()
+    time_ratio: float = math.nan
+    why: str = field(default="", compare=False)
+
+    @property
+    def helps(self) -> bool:
+        """Whether it may be recommended: better than doing nothing, by more than chance."""
+        return self.outcome in ("resolved", "improved")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict's part of `fix --json`."""
+        baseline, treated = zip(*self.ends, strict=True) if self.ends else ((), ())
+        return {
+            "outcome": self.outcome,
+            "loss": {"baseline": [_or_none(x) for x in baseline], "treated": [_or_none(x) for x in treated]},
+            "effect": self.effect.to_dict(),
+            "resolved": list(self.resolved),
+            "introduced": list(self.introduced),
+            "why": self.why,
+        }
+
+
+def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | None = None) -> Verdict:
+    """The verdict on runs of equal seeds with and without a treatment; seeds that only one side has are left out.
+
+    `cause`: what the treatment is for; with it gone from every treated run and the loss improved, it is resolved.
+    Without a pair the outcome is inconclusive.
+    """
+    pairs = [(a, b) for a in untreated for b in treated if a.seed == b.seed]
+    pairs = [(a, b) for a, b in pairs if a.steps or b.steps]
+    if not pairs:
+        nothing = Effect(value=math.nan, low=-math.inf, high=math.inf)
+        return Verdict(outcome="inconclusive", effect=nothing, why="no run of the program reached an optimizer step")
+    ends, effect = _effect(pairs)
+    before = [_alarms(a.diagnosis) for a, _ in pairs]
+    after = [_alarms(b.diagnosis) for _, b in pairs]
+    resolved = set[str].intersection(*before) - set[str]().union(*after)
+    introduced = set[str]().union(*after) - set[str]().union(*before)
+    failed = [b for _, b in pairs if b.error and not any(a.error == b.error for a, _ in pairs)]
+    outcome = "worse" if failed else _outcome(effect)
+    if outcome == "improved" and (cause in resolved if cause else resolved) and not introduced:
+        outcome = "resolved"
+    times = [b.step_seconds / a.step_seconds for a, b in pairs if a.step_seconds > 0]
+    return Verdict(
+        outcome=outcome,
+        effect=effect,
+        ends=tuple(ends),
+        resolved=tuple(sorted(resolved)),
+        introduced=tuple(sorted(introduced)),
+        time_ratio=float(np.median(times)) if times else math.nan,
+        why=f"the treated program fails: {failed[0].error}" if failed else "",
+    )
+
+
+def _effect(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[list[tuple[float, float]], Effect]:
+    steps = [_common_steps(a, b) for a, b in pairs]
+    starts = [_start(a if a.steps else b) for a, b in pairs]
+    ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
+    lowest = min(min(pair) for pair in ends)
+    scale = max(start - lowest for start in starts)
+    spread = max(abs(a - b) for a, b in ends)
+    # Where no run got below its start, there is no progress to share: the start itself is the yardstick.
+    unit = scale if scale > 0 else max(spread, abs(float(np.median(starts))), 1e-30)
+    return ends, interval([(a - b) / unit for a, b in ends])
+
+
+def interval(effects: Sequence[float]) -> Effect:
+    """Mean and two-sided 95 % Student interval of at most ten paired effects; a single one has an infinite interval."""
+    values = np.asarray(effects, dtype=np.float64)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Effect(value=mean, low=-math.inf, high=math.inf)
+    half = _T975[min(n - 1, len(_T975) - 1)] * float(values.std(ddof=1)) / math.sqrt(n)
+    return Effect(value=mean, low=mean - half, high=mean + half)
+
+
+def _outcome(effect: Effect) -> Outcome:
+    if effect.low > 0 and effect.value >= MATTERS:
+        return "improved"
+    if effect.high < 0 and effect.value <= -MATTERS:
+        return "worse"
+    if math.isfinite(effect.low) and abs(effect.value) < MATTERS and effect.high - effect.low < 4 * MATTERS:
+        return "no-effect"
+    return "inconclusive"
+
+
+def _common_steps(a: Arm, b: Arm) -> int:
+    """The steps at which a pair is compared: the shorter run's, but a run that an error cut short sets no limit."""
+    whole = [arm.steps for arm in (a, b) if not arm.error]
+    return min(whole) if whole else min(a.steps, b.steps)
+
+
+def _start(arm: Arm) -> float:
+    """The first finite loss; 0 where there is none, so that such a pair still counts by its other run."""
+    known = arm.losses[np.isfinite(arm.losses)]
+    return float(known[0]) if len(known) else 0.0
+
+
+def _end(arm: Arm, steps: int, start: float) -> float:
+    """Mean of the last quarter of the losses up to `steps`, none above `start`; `start` for a run that broke."""
+    losses = arm.losses[:steps]
+    last = losses[-max(1, steps // 4) :]
+    if not len(last) or not np.isfinite(last[-1]) or (arm.error and arm.steps < steps):
+        return start
+    return float(np.mean(np.where(np.isfinite(last), np.minimum(last, start), start)))
+
+
+def _alarms(diagnosis: Diagnosis) -> set[str]:
+    return {cause.finding.name for cause in diagnosis.at_least("warning")}
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

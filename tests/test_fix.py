@@ -1,0 +1,114 @@
+"""Trials and the search for a treatment, on real programs in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from isograd._changes import SetHyperparameter
+from isograd._trial import Program, Trial, run_trial
+
+PROGRAM = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(256, 8)
+y = (x[:, 0] * x[:, 1] > 0).long()
+{layers}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range({steps}):
+    batch = torch.randint(0, 256, (64,))
+    loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    {extra}
+"""
+HEALTHY = "model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))"
+SICK = (
+    "blocks = [m for _ in range(8) for m in (nn.Linear(32, 32), nn.Sigmoid())]\n"
+    "model = nn.Sequential(nn.Linear(8, 32), nn.Sigmoid(), *blocks, nn.Linear(32, 2))"
+)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that writes a training script and gives the program."""
+
+    def write(layers=HEALTHY, steps=60, extra="pass"):
+        script = tmp_path / "train.py"
+        script.write_text(PROGRAM.format(layers=layers, steps=steps, extra=extra))
+        return Program(args=(str(script),))
+
+    return write
+
+
+def test_the_same_trial_has_the_same_losses_and_another_seed_has_others(program):
+    """A reproducible program repeats bit for bit; a shifted seed gives another run although the program sets its own."""
+    first, again, other = (run_trial(Trial(program=program(), seed=seed)) for seed in (0, 0, 1))
+
+    assert (60, "") == (first.steps, first.error)
+    assert np.array_equal(first.losses, again.losses)
+    assert not np.array_equal(first.losses, other.losses)
+
+
+def test_a_change_takes_effect_from_the_first_step(program):
+    """With a rate of 0 no step moves a weight: the loss of the first step is the same, and the run does not learn."""
+    plain = run_trial(Trial(program=program()))
+    frozen = run_trial(Trial(program=program(), changes=(SetHyperparameter(name="lr", value=0.0),)))
+
+    assert plain.losses[0] == frozen.losses[0]
+    assert plain.losses[-10:].mean() < 0.9 * frozen.losses[-10:].mean()
+
+
+def test_a_program_that_raises_says_so(program):
+    """The exception that ended a trial is its error, and the steps before it are kept."""
+    arm = run_trial(Trial(program=program(extra="assert step < 30, 'too far'")))
+
+    assert "AssertionError: too far" == arm.error
+    assert 30 <= arm.steps <= 31
+
+
+def test_a_program_that_hangs_is_ended_with_its_children(program):
+    """At the time limit the program and what it started are killed; what it recorded is kept."""
+    hang = (
+        "if step == 20: import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    )
+    began = time.monotonic()
+
+    arm = run_trial(Trial(program=program(extra=hang), seconds=20))
+
+    assert "it was ended at the time limit of 20 s" == arm.error
+    assert arm.steps >= 20
+    assert time.monotonic() - began < 90
+
+
+def fixed(program, *options):
+    """(status, JSON) of `isograd fix --json`."""
+    command = [sys.executable, "-m", "isograd", "fix", "--json", *options, *program.args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=str(program.args[0])[: -len("/train.py")])
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_healthy_program_has_nothing_to_fix(program):
+    """A program that learns is run once, and nothing is tried."""
+    status, told = fixed(program(steps=200))
+
+    assert (1, [], None) == (status, told["trials"], told["best"])
+    assert told["baseline"]["healthy"]
+
+
+def test_a_sigmoid_tower_is_cured(program):
+    """Ten sigmoid layers that learn nothing: a treatment is found, verified on other seeds, and named as --apply has it."""
+    status, told = fixed(program(layers=SICK, steps=300))
+
+    best = told["trials"][told["best"]]
+    assert 0 == status
+    assert best["outcome"] in ("resolved", "improved")
+    assert best["effect"]["low"] > 0
+    assert 3 == best["pairs"]
+    assert best["code"]

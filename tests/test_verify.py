@@ -1,0 +1,180 @@
+"""The verdict on a treatment: right on planted effects, silent on none, whatever the loss's unit."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.random import default_rng
+
+from isograd._diagnose import Cause, Diagnosis
+from isograd._rule import Finding
+from isograd._verify import _T975, Arm, compare, interval
+
+
+def diagnosis(*names):
+    found = [Finding(name=n, subject="m", level="error", message="1", first_step=0, last_step=9) for n in names]
+    return Diagnosis(run="", subjects=("m",), steps=10, causes=tuple(Cause(finding=f) for f in found))
+
+
+def arm(seed, end, *, start=2.3, steps=100, causes=(), error="", noise=0.0, step_seconds=0.01):
+    """A loss that falls exponentially from `start` to `end`."""
+    losses = end + (start - end) * np.exp(-np.arange(steps) / (steps / 20))
+    losses = losses + noise * default_rng([seed, round(1e6 * abs(end))]).normal(size=steps)
+    return Arm(seed=seed, losses=losses, diagnosis=diagnosis(*causes), error=error, step_seconds=step_seconds)
+
+
+def arms(*ends, **more):
+    return [arm(seed, end, **more) for seed, end in enumerate(ends)]
+
+
+def test_a_cure_is_resolved():
+    """A stuck loss that falls with the treatment, and its cause gone from every run, is resolved."""
+    verdict = compare(arms(2.3, 2.29, 2.31, causes=["dead-units"]), arms(0.1, 0.12, 0.09), cause="dead-units")
+
+    assert "resolved" == verdict.outcome
+    assert ("dead-units",) == verdict.resolved
+    assert verdict.effect.low > 0.9
+    assert verdict.helps
+
+
+def test_an_improvement_that_leaves_the_cause_is_no_resolution():
+    """A better loss with the cause still there is an improvement and no more."""
+    sick = {"causes": ["dead-units"]}
+
+    assert "improved" == compare(arms(2.3, 2.2, 2.3, **sick), arms(0.1, 0.1, 0.2, **sick), cause="dead-units").outcome
+
+
+def test_a_new_fault_is_told():
+    """What only treated runs have is told as introduced, and then nothing is called resolved."""
+    verdict = compare(
+        arms(2.3, 2.2, 2.3, causes=["dead-units"]),
+        arms(0.1, 0.1, 0.2, causes=["unscaled-inputs"]),
+        cause="dead-units",
+    )
+
+    assert ("improved", ("unscaled-inputs",)) == (verdict.outcome, verdict.introduced)
+
+
+def test_harm_is_worse():
+    """A treatment that stops a run that learned is worse, and is not recommended."""
+    verdict = compare(arms(0.1, 0.12, 0.09), arms(2.2, 2.3, 2.1))
+
+    assert "worse" == verdict.outcome
+    assert not verdict.helps
+
+
+def test_the_same_run_twice_is_no_effect():
+    """A treatment that changes no bit has the effect 0 with the interval [0, 0]."""
+    verdict = compare(arms(0.1, 0.2, 0.3), arms(0.1, 0.2, 0.3))
+
+    assert ("no-effect", 0.0, 0.0) == (verdict.outcome, verdict.effect.low, verdict.effect.high)
+
+
+def test_one_pair_proves_nothing():
+    """From a single seed no interval follows, so the outcome is inconclusive."""
+    assert "inconclusive" == compare(arms(2.3), arms(0.1)).outcome
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_run_that_ends_in_nan_has_made_no_progress(broken):
+    """Against runs that end in NaN or Inf, treated runs that learn are an improvement."""
+    bad = []
+    for a in arms(0.1, 0.1, 0.1):
+        losses = a.losses.copy()
+        losses[40:] = broken
+        bad.append(Arm(seed=a.seed, losses=losses, diagnosis=diagnosis("invalid-operation")))
+
+    assert "resolved" == compare(bad, arms(0.1, 0.12, 0.09), cause="invalid-operation").outcome
+
+
+def test_a_run_that_raises_has_made_no_progress():
+    """A program that raises at step 40 is compared at the length of the run that does not."""
+    raising = [arm(s, 0.1, steps=40, error="ValueError", causes=["loss-divergence"]) for s in range(3)]
+
+    assert "resolved" == compare(raising, arms(0.1, 0.12, 0.09), cause="loss-divergence").outcome
+
+
+def test_a_treatment_that_breaks_the_program_is_worse():
+    """A treated program that raises where the untreated one does not is worse, with the reason."""
+    verdict = compare(arms(2.3, 2.3, 2.3), arms(0.1, 0.1, 0.1, error="TypeError: no"))
+
+    assert ("worse", "the treated program fails: TypeError: no") == (verdict.outcome, verdict.why)
+
+
+@given(
+    st.floats(1e-6, 1e6),
+    st.floats(-1e3, 1e3),
+    st.lists(st.tuples(st.floats(0.05, 2.3), st.floats(0.05, 2.3)), min_size=2, max_size=5),
+)
+def test_the_unit_of_the_loss_does_not_matter(factor, offset, ends):
+    """A loss multiplied by a positive number and shifted gets the same effect."""
+
+    def rescaled(runs):
+        return [Arm(seed=a.seed, losses=factor * (a.losses + offset), diagnosis=a.diagnosis) for a in runs]
+
+    untreated, treated = arms(*(a for a, _ in ends)), arms(*(b for _, b in ends))
+    plain, other = compare(untreated, treated), compare(rescaled(untreated), rescaled(treated))
+
+    assert plain.effect.value == pytest.approx(other.effect.value, abs=1e-3)
+
+
+def test_a_null_treatment_is_seldom_called_an_improvement():
+    """Two thousand comparisons of runs that differ by chance alone: at most 5 % are called an improvement."""
+    rng, called = default_rng(0), 0
+    for _ in range(2000):
+        ends = rng.normal(1.0, 0.3, size=(3, 2))
+        called += compare(arms(*ends[:, 0], steps=20), arms(*ends[:, 1], steps=20)).helps
+
+    assert called / 2000 <= 0.05
+
+
+def test_a_planted_effect_is_found():
+    """An effect of a third of the progress under noise of a tenth of it is found nearly always."""
+    rng, found = default_rng(1), 0
+    for _ in range(300):
+        noise = rng.normal(0, 0.05, size=(3, 2))
+        found += compare(arms(*(1.0 + noise[:, 0]), steps=20), arms(*(0.3 + noise[:, 1]), steps=20)).helps
+
+    assert found / 300 >= 0.95
+
+
+def test_the_table_is_student_s():
+    """Quantiles of Student's t from its density, integrated numerically."""
+    for freedom in range(1, 10):
+        c = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        x = np.linspace(0, _T975[freedom], 400_001)
+        density = c * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+
+        assert 0.475 == pytest.approx(np.trapezoid(density, x), abs=2e-5)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_an_interval_holds_its_mean(values):
+    """The interval is centered on the mean, and is a point where all pairs agree."""
+    effect = interval(values)
+
+    assert effect.low <= effect.value <= effect.high
+    assert interval([values[0]] * 3).low == pytest.approx(values[0])
+
+
+def test_nothing_to_compare():
+    """Without a common seed, or without a step, the outcome is inconclusive."""
+    assert "inconclusive" == compare(arms(1.0), [arm(7, 1.0)]).outcome
+    assert "inconclusive" == compare([], []).outcome
+    assert "inconclusive" == compare(arms(1.0, steps=0), arms(1.0, steps=0)).outcome
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_any_losses_get_a_verdict(seed):
+    """Runs of any length, with NaN and infinities anywhere, get a verdict that JSON can hold."""
+    rng = default_rng(seed)
+
+    def any_arm(s):
+        losses = rng.choice([1.0, -3.0, 1e30, -1e30, np.nan, np.inf, 0.0], size=rng.integers(0, 30))
+        return Arm(seed=s, losses=losses, diagnosis=diagnosis(), error=str(rng.choice(["", "Killed"])))
+
+    verdict = compare([any_arm(s) for s in range(3)], [any_arm(s) for s in range(3)])
+
+    assert not any(isinstance(x, float) and not math.isfinite(x) for x in verdict.to_dict()["effect"].values())
