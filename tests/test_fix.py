@@ -47,7 +47,7 @@ def program(tmp_path):
 
 
 def test_the_same_trial_has_the_same_losses_and_another_seed_has_others(program):
-    """A reproducible program repeats bit for bit; a shifted seed gives another run although the program sets its own."""
+    """A reproducible program repeats bit for bit; a shifted seed gives another run although it sets its own."""
     first, again, other = (run_trial(Trial(program=program(), seed=seed)) for seed in (0, 0, 1))
 
     assert (60, "") == (first.steps, first.error)
@@ -103,7 +103,7 @@ def test_a_healthy_program_has_nothing_to_fix(program):
 
 
 def test_a_sigmoid_tower_is_cured(program):
-    """Ten sigmoid layers that learn nothing: a treatment is found, verified on other seeds, and named as --apply has it."""
+    """Ten sigmoid layers that learn nothing: a treatment is found and verified on other seeds."""
     status, told = fixed(program(layers=SICK, steps=300))
 
     best = told["trials"][told["best"]]

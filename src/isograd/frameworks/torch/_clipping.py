@@ -64,8 +64,8 @@ def clip_adaptively(parameters: Sequence[Tensor], limit: float, *, floor: float 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """L2 norm over all axes but the first, shaped to broadcast; of everything where there is one axis only."""
     axes = tuple(range(1, tensor.dim())) or None
-    wide = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
+    # In float64, in which no sum of squares of float32 entries overflows.
+    norms: Tensor = torch.linalg.vector_norm(tensor.double(), dim=axes, keepdim=True)
     return norms
 
 
