@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench cases clean
+.PHONY: demo test lint bench cases zoo clean
 
 demo: .venv/demo
 	@$(BIN)/isograd demo
@@ -21,6 +21,10 @@ lint: .venv/dev
 # `make cases RESCORE=1` judges what was recorded before by the rules as they are now.
 cases: .venv/dev
 	@$(BIN)/python cases/score.py $(if $(RESCORE),--rescore)
+
+# `make zoo FRESH=1` records healthy programs anew that are recorded and unchanged.
+zoo: .venv/dev
+	@$(BIN)/python zoo/run.py $(if $(FRESH),--fresh)
 
 # In its own environment: what it compares with (wandb, TensorBoard, Lightning) is no part of isograd's development.
 bench: .bench-venv/installed

@@ -27,6 +27,8 @@ import variants
 import workloads
 from paired import Floats, bootstrap, interleave, median_difference, median_ratio, total_ratio
 
+import isograd
+
 HERE = Path(__file__).parent
 PACKAGES = ("isograd", "torch", "numpy", "wandb", "tensorboard", "lightning")
 BASE = "unwatched"
@@ -139,6 +141,31 @@ def measure_import(_folder: Path, _scale: float) -> dict[str, float]:
     }
 
 
+def measure_preflight(_folder: Path, scale: float) -> list[dict[str, Any]]:
+    """A preflight in training steps of the same program, without and with the sharpness."""
+    programs = {"gpt": workloads.gpt(), "cnn": workloads.cnn(), "lstm": workloads.lstm()}
+    return [
+        {"program": name, **in_steps(program, rounds=max(1, round(5 * scale)))} for name, program in programs.items()
+    ]
+
+
+def in_steps(program: workloads.Program, *, rounds: int) -> dict[str, float]:
+    """Seconds of a step, and a preflight's time in steps: medians over rounds of both, the sharpness once."""
+
+    def preflight(*, sharpness: bool = False) -> None:
+        isograd.preflight(program.model, program.loss_fn, program.batch, program.optimizer, sharpness=sharpness)
+
+    def step() -> None:
+        program.step(0, workloads.Calls())
+
+    preflight()  # what is imported once
+    step()
+    pairs = np.array([[_timed(step), _timed(step), _timed(preflight)] for _ in range(rounds)])
+    seconds = float(np.median(pairs[:, :2]))
+    bent = _timed(lambda: preflight(sharpness=True))
+    return {"step_seconds": seconds, "steps": float(np.median(pairs[:, 2])) / seconds, "all_steps": bent / seconds}
+
+
 def measure_diagnose(folder: Path, scale: float) -> dict[str, float]:
     """Seconds of `isograd diagnose` as a command on a long run of a wide model: best of three."""
     steps = max(200, round(10_000 * scale))
@@ -205,6 +232,7 @@ SECTIONS: dict[str, Callable[[Path, float], Any]] = {
     "lstm": measure_lstm,
     "tensors": measure_tensors,
     "size": measure_size,
+    "preflight": measure_preflight,
     "import": measure_import,
     "diagnose": measure_diagnose,
 }
@@ -283,6 +311,16 @@ def sizes(rows: list[dict[str, Any]]) -> str:
     return table(["", "tensors", "MB per 1,000 steps"], body)
 
 
+def preflights(rows: list[dict[str, Any]]) -> str:
+    """The table of what a preflight costs."""
+    head = ["", "ms a step", "preflight, in steps", "with the sharpness, in steps"]
+    body = [
+        [row["program"], f"{1000 * row['step_seconds']:.1f}", f"{row['steps']:.1f}", f"{row['all_steps']:.0f}"]
+        for row in rows
+    ]
+    return table(head, body)
+
+
 METHOD = f"""Written by `make bench`. Ratios are to the same program, unwatched, in the same process and the same round
 of steps (order drawn anew in every round), with bootstrap intervals of 95 % over rounds. *Usual step* is the median
 over rounds; *all steps* counts rare expensive steps in full. *Unwatched again* is a second unwatched copy: what the
@@ -306,6 +344,8 @@ def report(figures: dict[str, Any]) -> str:
         parts.append(f"## Cost of a step against the number of tensors\n\n{tensors(figures['tensors'])}")
     if "size" in figures:
         parts.append(f"## Run file\n\nModules and tensors of the GPT above.\n\n{sizes(figures['size'])}")
+    if "preflight" in figures:
+        parts.append(f"## Preflight\n\nOf the programs above, once.\n\n{preflights(figures['preflight'])}")
     if "import" in figures:
         seconds = figures["import"]
         parts.append(

@@ -27,11 +27,16 @@ class Calls:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A model, its optimizer and the loss of one batch; the batches repeat."""
+    """A model, its optimizer and the loss of one batch; the batches repeat.
+
+    `batch` is the first one, as (input, target), and `loss_fn` what compares the output with the target.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
+    batch: tuple[Tensor, Tensor] | None = None
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def step(self, index: int, calls: Calls) -> None:
         """One optimizer step, as a plain loop has it."""
@@ -79,12 +84,21 @@ def gpt(width: int = 384, batch: int = 8, context: int = 128) -> Program:
     torch.manual_seed(0)
     model = GPT(width, depth=6, heads=6, context=context)
     tokens = torch.randint(VOCABULARY, (8, batch, context + 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    return Program(model=model, optimizer=optimizer, loss=lambda index: _next_token_loss(model, tokens[index % 8]))
+    return _language_program(model, torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True), tokens)
 
 
-def _next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+def _language_program(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Program:
+    return Program(
+        model=model,
+        optimizer=optimizer,
+        loss=lambda index: _next_token_loss(model(tokens[index % 8, :, :-1]), tokens[index % 8, :, 1:]),
+        batch=(tokens[0, :, :-1], tokens[0, :, 1:]),
+        loss_fn=_next_token_loss,
+    )
+
+
+def _next_token_loss(scores: Tensor, following: Tensor) -> Tensor:
+    return cross_entropy(scores.flatten(0, 1), following.flatten())
 
 
 class Residual(nn.Module):
@@ -116,6 +130,8 @@ def cnn() -> Program:
         model=model,
         optimizer=optimizer,
         loss=lambda index: cross_entropy(model(images[index % 8]), labels[index % 8]),
+        batch=(images[0], labels[0]),
+        loss_fn=cross_entropy,
     )
 
 
@@ -138,8 +154,7 @@ def lstm() -> Program:
     torch.manual_seed(0)
     model = LanguageModel(embedding=256, hidden=512)
     tokens = torch.randint(VOCABULARY, (8, 16, 65))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    return Program(model=model, optimizer=optimizer, loss=lambda index: _next_token_loss(model, tokens[index % 8]))
+    return _language_program(model, torch.optim.Adam(model.parameters(), lr=1e-3), tokens)
 
 
 class LooseTensors(nn.Module):

@@ -97,11 +97,19 @@ STRUCTURES = {
                 (512, 64)),
     "residual": (lambda: nn.Sequential(*[Residual() for _ in range(6)], nn.Linear(64, 8)), ROWS),
     "gated": (lambda: nn.Sequential(Gated(), Gated(), Gated()), ROWS),
+    "attention": (lambda: nn.Sequential(Attending(), Attending(), nn.Linear(64, 8)), TOKENS),
+    "transformer": (lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True, norm_first=True), 3, enable_nested_tensor=False),
+        TOKENS),
     "loose": (lambda: nn.Sequential(Loose(), nn.Linear(64, 64), Loose(), nn.Linear(64, 8)), ROWS),
     "batch-norm": (lambda: nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(64, 64), nn.BatchNorm1d(64),
                                                                          nn.Tanh())], nn.Linear(64, 8)), (16, 64)),
     "running-batch-norm": (lambda: nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(64, 64),
                            nn.BatchNorm1d(64), nn.ReLU())], nn.Linear(64, 8)).eval(), ROWS),
+    "convolutions": (lambda: nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, padding_mode="circular"), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular", stride=2), nn.GroupNorm(4, 32), nn.SiLU(),
+        nn.ConvTranspose2d(32, 16, 2, stride=2), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(256, 64)), IMAGES),
 }  # fmt: skip
 
 
@@ -126,6 +134,13 @@ def test_predictions_agree_with_a_real_pass(name):
             assert layer.signal == pytest.approx(measured[layer.name].signal, rel=0.4)
 
 
+def test_weights_without_a_layer_are_named_by_their_parameter():
+    """Products with parameters that belong to no layer are layers of the prediction, under the parameters' names."""
+    prediction = isograd.preflight(STRUCTURES["loose"][0]()).preflight.prediction
+
+    assert ["0.first", "0.second", "1", "2.first", "2.second", "3"] == [layer.name for layer in prediction.weighted]
+
+
 def test_structure_of_code_that_cannot_be_traced_is_said_to_be_unknown():
     """A model whose code asks for values has no structure that could be told; the batch still measures it."""
     found = isograd.preflight(Branching(), F.cross_entropy, classes()).preflight
@@ -134,6 +149,21 @@ def test_structure_of_code_that_cannot_be_traced_is_said_to_be_unknown():
     assert 0.0 == found.prediction.understood
     assert math.isfinite(found.decades)
     assert any("could not be told" in sentence for sentence in found.sentences())
+
+
+def test_a_part_that_cannot_be_traced_is_one_unknown_stage():
+    """Behind a part that cannot be traced nothing is predicted, before the loss what the theory knows still is."""
+    model = nn.Sequential(nn.Linear(32, 32), Branching(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    found = isograd.preflight(model)
+    prediction = found.preflight.prediction
+
+    assert ("1",) == prediction.unknown
+    assert 0.8 == prediction.understood
+    assert not prediction.reaches_input
+    assert math.isnan(prediction.weighted[0].signal)
+    # Past the unknown part the scale of signals is not known, so neither is the slope of tanh; ends are.
+    assert 1.0 == prediction.weighted[-1].signal
+    assert () == found.causes
 
 
 def test_what_is_unknown_stays_unknown():
@@ -152,13 +182,13 @@ def test_what_is_unknown_stays_unknown():
     assert 1.0 == found.layers[1].signal
 
 
-@pytest.mark.parametrize("value", [math.inf, 0.0, math.nan])
+@pytest.mark.parametrize("value", [math.inf, 1e200, 0.0, math.nan])
 def test_weights_of_any_size_are_walked(value):
     """Weights that are infinite, huge, zero or NaN give predictions, if only that nothing is known."""
-    model = perceptron(4)
+    model = perceptron(4).double()
     with torch.no_grad():
         model[2].weight.fill_(value)
-    prediction = isograd.preflight(model.double()).preflight.prediction
+    prediction = isograd.preflight(model).preflight.prediction
 
     assert 1.0 == prediction.understood
     assert 5 == len(prediction.weighted)
@@ -223,6 +253,24 @@ def test_nothing_of_the_users_changes():
     assert (calls, True) == (model.calls, model.cache is cache)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model.training
+
+
+def test_a_batch_that_the_model_changes_in_place_stays_as_it_is():
+    """Inputs and targets are the user's: a model that overwrites its input overwrites a copy, each time a fresh one."""
+
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = perceptron()
+
+        def forward(self, x):
+            return self.net(x.mul_(1e-3))
+
+    (x, y), model = classes(), Overwriting()
+    found = isograd.preflight(model, F.cross_entropy, (x, y), sharpness=False).preflight
+
+    assert torch.equal(classes()[0], x)
+    assert F.cross_entropy(model.net(1e-3 * x), y).item() == pytest.approx(found.start.loss, rel=1e-5)
 
 
 def test_a_loss_function_that_holds_the_model_leaves_its_gradients_alone():
@@ -490,6 +538,24 @@ def test_the_largest_stable_learning_rate(make, limit):
         assert converges == (loss.item() < start)
 
 
+def test_a_model_without_second_derivatives_says_why():
+    """Where the loss cannot be differentiated twice, the sentence says so and everything else is measured."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = perceptron()
+
+        def forward(self, x):
+            return -torch.cdist(self.net(x), torch.eye(5), compute_mode="donot_use_mm_for_euclid_dist")
+
+    found = isograd.preflight(Model(), F.cross_entropy, classes()).preflight
+
+    assert found.curvature is None
+    assert any(note.startswith("Sharpness could not be measured: ") for note in found.notes)
+    assert math.isfinite(found.decades)
+
+
 # ---- mistakes ---------------------------------------------------------------------------------------------------
 
 
@@ -501,11 +567,16 @@ class Uncopyable(nn.Linear):
 MISTAKES = [
     (lambda: isograd.preflight(3), r"takes a torch module, not int"),
     (lambda: isograd.preflight(perceptron(), optimizer=3), r"must be a torch optimizer, not int"),
+    (lambda: isograd.preflight(perceptron(), batch=()), r"the batch is empty"),
     (lambda: isograd.preflight(perceptron(), batch=torch.randn(4, 7)), r"does not take this batch: mat1 and mat2"),
     (lambda: isograd.preflight(perceptron(), F.cross_entropy, (X, Y[:3])), r"does not take this output and target"),
     (lambda: isograd.preflight(perceptron(), lambda o, y: o, (X, Y)), r"one number as a tensor, not shape \[64, 5\]"),
     (lambda: isograd.preflight(perceptron(), lambda o, y: 3.0, (X, Y)), r"one number as a tensor, not float"),
     (lambda: isograd.preflight(perceptron(), lambda o, y: o.detach().sum(), (X, Y)), r"does not depend on any param"),
+    (
+        lambda: isograd.preflight(perceptron().requires_grad_(False), batch=X),
+        r"no parameter of the model requires a gr",
+    ),
     (lambda: isograd.preflight(Uncopyable(4, 4)), r"cannot be copied, so nothing can be tried: it holds a socket"),
 ]
 

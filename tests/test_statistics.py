@@ -581,6 +581,7 @@ class Square(Pass):
 @few
 @given(tensors(dtypes=tuple(REAL), min_dims=1, scales=(1e-4, 1.0, 100.0), empty=False))
 @example(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
+@example(torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 1.0]]))
 @example(torch.zeros(4, 3))
 def test_inputs_of_the_program(x):
     """Spread, range and column scales of the data that enters the model."""
@@ -597,8 +598,9 @@ def test_inputs_of_the_program(x):
     if len(values) > 1:
         assert np.std(values) == pytest.approx(column(history, "output_std", "layer.input"), abs=1e-5 * peak, rel=1e-5)
     if x.dim() == 2 and x.shape[1] > 1:
-        scale = np.sqrt(np.mean(values.reshape(x.shape) ** 2, axis=0))
-        present = scale[scale > 0]
+        columns = [column[column != 0] for column in values.reshape(x.shape).T]
+        present = np.array([np.sqrt(np.mean(column**2)) for column in columns if len(column)])
+        present = present[present > 0]
         expected = present.max() / present.min() if len(present) else 1.0
         assert expected == pytest.approx(column(history, "column_scale_ratio", "layer.input"), rel=1e-4)
 

@@ -32,7 +32,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredLayer:
-    """A layer as one batch showed it; NaN where a notion does not apply.
+    """A layer as one batch showed it; NaN where a notion does not apply. `is_module`: it is none of the operations.
 
     `signal`: gradient norm at its output for a random cotangent of the model's output, over that of the last layer with
     weights. `loss_signal`: L2 norm of the gradient of the loss. `dead`, `saturated`: shares of its units or outputs.
@@ -40,6 +40,7 @@ class MeasuredLayer:
 
     name: str
     kind: str
+    is_module: bool
     output_rms: float
     signal: float
     loss_signal: float = math.nan
@@ -113,7 +114,7 @@ class Preflight:
     @property
     def weighted(self) -> tuple[MeasuredLayer, ...]:
         """The measured layers that carry weights, from the input to the output."""
-        return tuple(layer for layer in self.layers if layer.kind in WEIGHTED)
+        return tuple(layer for layer in self.layers if layer.is_module and layer.kind in WEIGHTED)
 
     @property
     def known(self) -> tuple[MeasuredLayer, ...]:
@@ -249,7 +250,7 @@ def measured_layers(signal: History | None, loss: History | None) -> tuple[Measu
     if seen is None:
         return ()
     used = [layer for layer in seen.layers if layer.role in ("module", "operation") and math.isfinite(layer.position)]
-    weighted = [layer for layer in used if layer.kind in WEIGHTED]
+    weighted = [layer for layer in used if layer.kind in WEIGHTED and layer.role == "module"]
     last = _reading(signal, "signal_norm", weighted[-1].name) if weighted else math.nan
     return tuple(_measured(layer, signal, loss, last or math.nan, seen) for layer in used)
 
@@ -258,6 +259,7 @@ def _measured(layer: Layer, signal: History | None, loss: History | None, last: 
     return MeasuredLayer(
         name=layer.name,
         kind=layer.kind,
+        is_module=layer.role == "module",
         output_rms=_reading(seen, "output_rms", layer.name),
         signal=_reading(signal, "signal_norm", layer.name) / last,
         loss_signal=_reading(loss, "signal_norm", layer.name),

@@ -47,7 +47,7 @@ class Stage:
     average, max-pool: over `window` entries. product: of two signals, summed over `window`. softmax: over `window`.
     mixing: scaled dot-product attention over `window` tokens with queries of `width` entries.
     concatenate: inputs of these `shares` of the result's size. dropout: of the share `rate`.
-    input, add, multiply, reshape: need nothing else. Any other kind is unknown.
+    input, output, add, multiply, reshape: need nothing else. Any other kind is unknown.
     """
 
     name: str
@@ -70,7 +70,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one unit of a wide layer: E[x^2], E[x x'] for two samples of the batch, and E[x] over units."""
+    """Of one unit of a wide layer: E[x^2], E[x x'] for two rows, and E[x] over units.
+
+    Two rows are two samples of a batch; where there is attention, two tokens of one sample.
+    """
 
     square: float
     product: float
@@ -149,9 +152,9 @@ def walk(stages: Sequence[Stage], *, start: Moments | None = None, batch: float 
     weighted = [index for index, stage in enumerate(stages) if stage.kind in WEIGHTED]
     if not weighted:
         return Prediction(how=how)
-    gradient = _backward(stages, factors, weighted[-1])
+    gradient = _backward(stages, factors, _tail(stages, consumers))
     return Prediction(
-        layers=tuple(_layers(stages, moments, factors, gradient)),
+        layers=tuple(_layers(stages, moments, factors, _relative(gradient, weighted[-1]))),
         understood=_understood(stages),
         unknown=tuple(stage.name for stage in stages if _is_unknown(stage)),
         how=how,
@@ -172,14 +175,31 @@ def _following(stages: Sequence[Stage], consumers: Sequence[int]) -> Activation:
     return only.function if only is not None and only.function is not None else IDENTITY
 
 
-def _backward(stages: Sequence[Stage], factors: Sequence[tuple[float, ...]], last: int) -> list[float]:
-    """Squared gradient norm with respect to each stage's output, 1 at `last`; 0 where no gradient comes from there."""
+def _tail(stages: Sequence[Stage], consumers: Sequence[Sequence[int]]) -> set[int]:
+    """The stages behind which there is no layer with weights: the way to the loss."""
+    tail: set[int] = set()
+    for index in range(len(stages) - 1, -1, -1):
+        if all(later in tail and stages[later].kind not in WEIGHTED for later in consumers[index]):
+            tail.add(index)
+    return tail
+
+
+def _backward(stages: Sequence[Stage], factors: Sequence[tuple[float, ...]], tail: set[int]) -> list[float]:
+    """Squared gradient norm with respect to each stage's output, 1 at the last; 0 where no gradient comes from there.
+
+    In the tail what is unknown passes gradients as they are: all layers get them from there.
+    """
     gradient = [0.0] * len(stages)
-    gradient[last] = 1.0
-    for index in range(last, -1, -1):
+    gradient[-1] = 1.0
+    for index in range(len(stages) - 1, -1, -1):
         for source, factor in zip(stages[index].sources, factors[index], strict=True):
-            gradient[source] += gradient[index] * factor if gradient[index] else 0.0
+            passed = 1.0 if index in tail and math.isnan(factor) else factor
+            gradient[source] += gradient[index] * passed if gradient[index] else 0.0
     return gradient
+
+
+def _relative(gradient: Sequence[float], last: int) -> list[float]:
+    return [value / gradient[last] if gradient[last] else UNKNOWN for value in gradient]
 
 
 def _layers(
@@ -206,7 +226,7 @@ def _root(value: float) -> float:
 
 
 def _understood(stages: Sequence[Stage]) -> float:
-    counted = [stage for stage in stages if stage.kind not in ("input", "reshape")]
+    counted = [stage for stage in stages if stage.kind not in ("input", "output", "reshape")]
     return 1 - sum(map(_is_unknown, counted)) / len(counted) if counted else 0.0
 
 
@@ -323,8 +343,11 @@ def _max_pool(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation)
 
 
 def _product(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation) -> tuple[Moments, tuple[float, ...]]:
+    """Of independent signals; weights of one sign, as those of a softmax, also add up what the summands share."""
     (x, y), inner = inputs, stage.window
-    total = Moments(inner * x.square * y.square, inner * x.product * y.product, inner * x.mean * y.mean)
+    shared = inner * (inner - 1) * x.mean * x.mean * y.product if x.mean else 0.0
+    mean = inner * x.mean * y.mean
+    total = Moments(inner * x.square * y.square + shared, inner * x.product * y.square + shared, mean)
     return total, (inner * y.square, inner * x.square)
 
 
@@ -335,18 +358,19 @@ def _softmax(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation) 
 
 
 def _mixing(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation) -> tuple[Moments, tuple[float, ...]]:
-    """Attention at small logits: a mean over tokens; its derivative by query and key through the softmax's."""
+    """Attention at small logits: one mean over tokens for all; the derivative by query and key is the softmax's."""
     query, key, value = (*inputs, inputs[-1], inputs[-1])[:3]
     even, bend = 1 / stage.window, stage.width * value.square / stage.window**2
-    mixed = Moments(even * value.square, value.product, value.mean)
-    return mixed, (bend * key.square, bend * query.square, even)
+    mixed = value.product + even * (value.square - value.product)
+    return Moments(mixed, mixed, value.mean), (bend * key.square, bend * query.square, even)
 
 
 def _attention(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation) -> tuple[Moments, tuple[float, ...]]:
     """A whole layer of it, by the path through its values alone."""
     *others, value = inputs
-    gain = stage.weight_variance / stage.window
-    return Moments(gain * value.square + stage.bias_variance, gain * value.product), (0.0,) * len(others) + (gain,)
+    gain, even = stage.weight_variance, 1 / stage.window
+    mixed = gain * (value.product + even * (value.square - value.product)) + stage.bias_variance
+    return Moments(mixed, mixed), (0.0,) * len(others) + (gain * even,)
 
 
 def _scale(stage: Stage, inputs: Sequence[Moments], _: float, __: Activation) -> tuple[Moments, tuple[float, ...]]:
@@ -384,9 +408,10 @@ _STEPS: dict[str, Step] = {
     "attention": _attention,
     "scale": _scale,
     "shift": _shift,
+    "output": _unchanged,
     "reshape": _unchanged,
     "identity": _unchanged,
     "flatten": _unchanged,
 }
 _WINDOWED = frozenset({"average", "max-pool", "product", "softmax", "mixing", "attention"})
-_NEED_PRODUCTS = frozenset({"batch-norm", "average"})
+_NEED_PRODUCTS = frozenset({"batch-norm", "average", "attention", "mixing", "softmax"})

@@ -67,7 +67,11 @@ def entries(count: float) -> str:
 
 
 def first_place(history: History) -> Place | None:
-    """The first non-finite value of the run, or None. Steps that a gradient scaler skipped do not count."""
+    """The first non-finite value of the run, or None. Steps that a gradient scaler skipped do not count.
+
+    Nor does what entered or left a layer at a step whose loss and gradients were finite: a masked similarity of -inf
+    and a NaN for a missing value are meant, and the program coped with them.
+    """
     return min(_places(history), key=lambda place: (place.step, _ORDER[place.kind]), default=None)
 
 
@@ -80,8 +84,9 @@ def _places(history: History) -> Iterator[Place]:
     computed = np.array(
         [i for i in _by_position(history) if roles[i] not in ("input", "target", "term")], dtype=np.int64
     )
-    yield from _first(outputs, "input", "output_nonfinite", names, fed, skipped)
-    yield from _first(_born(outputs, inputs), "output", "output_nonfinite", names, computed, skipped)
+    harmless = skipped | _sound_steps(history)
+    yield from _first(outputs, "input", "output_nonfinite", names, fed, harmless)
+    yield from _first(_born(outputs, inputs), "output", "output_nonfinite", names, computed, harmless)
     yield from _first(
         history.series.get("signal_nonfinite"), "gradient", "signal_nonfinite", names, computed[::-1], skipped
     )
@@ -92,7 +97,7 @@ def _places(history: History) -> Iterator[Place]:
     # Behind the signal, which names a layer: of equals the first one yielded is kept.
     yield from _first(history.series.get("grad_nonfinite"), "gradient", "grad_nonfinite", names, every[::-1], skipped)
     yield from _first(history.series.get("state_nonfinite"), "state", "state_nonfinite", names, every, skipped)
-    yield from _told(history, skipped)
+    yield from _told(history, skipped, harmless)
 
 
 def _by_position(history: History) -> NDArray[np.int64]:
@@ -134,12 +139,12 @@ def _first(
             return
 
 
-def _told(history: History, skipped: frozenset[int]) -> Iterator[Place]:
+def _told(history: History, skipped: frozenset[int], harmless: frozenset[int]) -> Iterator[Place]:
     """What the observer reported by itself: it looks closer than the schedule where something turned non-finite."""
     for event in history.events_of("nonfinite"):
         place = str(event.data.get("place", ""))
         kind = "output" if place == "operation" else place
-        if kind in _ORDER and event.step not in skipped:
+        if kind in _ORDER and event.step not in (harmless if kind in ("input", "output") else skipped):
             count = event.data.get("count", 1)
             name = event.layer or str(event.data.get("name", ""))
             known = float(count) if isinstance(count, (int, float)) else 1.0
@@ -196,6 +201,14 @@ def bad_steps(history: History) -> NDArray[np.int64]:
         if series is not None:
             found.update(series.steps[_any(series.values)].tolist())
     return np.array(sorted(found - skipped_steps(history)), dtype=np.int64)
+
+
+def _sound_steps(history: History) -> frozenset[int]:
+    """Steps whose loss and gradients were read and finite, and whose weights were where they were read."""
+    loss, gradients = history.series.get("loss_nonfinite"), history.series.get("grad_nonfinite")
+    if loss is None or gradients is None:
+        return frozenset()
+    return frozenset(loss.steps.tolist()).intersection(gradients.steps.tolist()).difference(bad_steps(history).tolist())
 
 
 def last_bad_step(history: History) -> int:

@@ -362,7 +362,8 @@ _CATALOG = (
         unit="ratio",
         meaning="Layers with two axes or more: mean cosine similarity between two different rows (samples, nodes or "
         "tokens; a row is one index of all axes but the feature axis). 1 where all rows point the same way.",
-        error="at most 64 evenly spaced rows and the first 256 features, of the last call",
+        error="at most 64 evenly spaced rows and the first 256 features, of the last call (of a module called over "
+        "16 times, of the last 16th one)",
     ),
     Statistic(
         name="batch_statistics_gap",
@@ -371,7 +372,7 @@ _CATALOG = (
         unit="ratio",
         meaning="Batch normalization in training mode: root mean square over channels of (batch mean - running mean) / "
         "sqrt(running variance + epsilon), the running statistics as they were before this batch.",
-        error="at most 16384 entries of the batch",
+        error="exact where the autograd graph keeps the batch's statistics, else of at most 16384 entries",
     ),
     Statistic(
         name="distinct_values",
@@ -386,8 +387,7 @@ _CATALOG = (
         axis="layer",
         tier="deep",
         unit="ratio",
-        meaning="Two-dimensional inputs: largest over smallest root mean square among the columns that are not "
-        "constant zero.",
+        meaning="Two-dimensional inputs: largest over smallest root mean square among the columns, zeros left out.",
         error="at most 256 rows",
     ),
     Statistic(

@@ -178,7 +178,14 @@ class Watch:
         applier.listen()
         applier.listen_last()
         self._appliers.append(applier)
-        return applier.undo
+        self._shield.call(self._observer.redescribe)
+
+        def undo() -> tuple[str, ...]:
+            left = applier.undo()
+            self._shield.call(self._observer.redescribe)
+            return left
+
+        return undo
 
     def _note_change(self, kind: str, data: dict[str, Any]) -> None:
         self._untold.append((kind, data))

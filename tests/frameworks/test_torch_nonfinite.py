@@ -55,7 +55,7 @@ def linear(size=1):
     return model, torch.optim.SGD(model.parameters(), 1e-3)
 
 
-# ---- programs: each has one faulty line -----------------------------------------------------------------------------
+# ---- programs: each has one faulty line -------------------------------------------------------------------------
 
 
 def log_of_zero(watch):
@@ -286,7 +286,7 @@ def _shown():
     return source._short(__file__)
 
 
-# ---- data, weights -------------------------------------------------------------------------------------------------
+# ---- data, weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", [2, LATE])
@@ -341,7 +341,7 @@ def test_lost_weights_are_told_once(watch):
     assert ("weight", 1, 1) == (event.data["place"], event.step, event.data["count"])
 
 
-# ---- what is not the fault -----------------------------------------------------------------------------------------
+# ---- what is not the fault --------------------------------------------------------------------------------------
 
 
 def test_infinities_that_are_dropped_are_not_blamed(watch):
@@ -413,7 +413,7 @@ def test_no_line_rather_than_a_wrong_one(watch):
     assert "line" not in event.data
 
 
-# ---- the run is not changed ----------------------------------------------------------------------------------------
+# ---- the run is not changed -------------------------------------------------------------------------------------
 
 
 def anomaly():
@@ -527,7 +527,7 @@ def test_compiled_models_are_left_alone(watch):
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-# ---- oracles -------------------------------------------------------------------------------------------------------
+# ---- oracles ----------------------------------------------------------------------------------------------------
 
 POINTS = [-1e9, -2.0, -1.0, -0.5, -1e-30, 0.0, 1e-45, 1e-30, 1e-8, 0.5, 1.0, 1.5, 89.0, 1e9, 3e38]
 FUNCTIONS = {

@@ -13,13 +13,16 @@ STUCK = 300 + np.sin(np.arange(100) * 1.7)
 OUTPUT, TARGET = 8, 11  # columns: the last activation, which stands behind the last layer here, and the target
 
 
-def network(mean, spread, *, operations=("MseLoss", "Sigmoid", "Addmm"), loss=STUCK, saturated=0.02):
-    """A regression whose output goes through an activation; targets None: they were not read."""
+def network(mean, spread, *, span=None, operations=("MseLoss", "Sigmoid", "Addmm"), loss=STUCK, saturated=0.02):
+    """A regression whose output goes through an activation; its targets lie within `span`, or 3 spreads of the mean."""
+    low, high = span or (mean - 3 * spread, mean + 3 * spread)
     history = altered(
         plain_network(activation="sigmoid"),
         loss=loss,
         output_mean=lambda v: np.where(np.arange(v.shape[1]) == TARGET, mean, v),
         output_std=lambda v: np.where(np.arange(v.shape[1]) == TARGET, spread, v),
+        output_min=lambda v: np.where(np.arange(v.shape[1]) == TARGET, low, v),
+        output_max=lambda v: np.where(np.arange(v.shape[1]) == TARGET, high, v),
         saturation=lambda v: np.where(np.arange(v.shape[1]) == OUTPUT, saturated, v),
     )
     layers = list(history.layers)
@@ -37,6 +40,8 @@ def unread(history):
 FIRES = {
     # 3 x + 1 for x up to 10, behind a sigmoid
     "far above": (network(16.0, 9.0), "error"),
+    # skewed, and a good part of it is beyond the range all the same
+    "skewed": (network(2.0, 3.0, span=(0.0, 40.0)), "error"),
     # standardized data behind a sigmoid: half of it is negative. The rest is learned
     "standardized": (network(0.0, 1.0, loss=plain_network()["loss"].values), "warning"),
     "tanh": (network(0.0, 4.0, operations=("MseLoss", "Tanh", "Addmm")), "error"),
@@ -49,6 +54,9 @@ FIRES = {
 
 STAYS_SILENT = {
     "plain": plain_network(),
+    # drawings in [0, 1], most of whose pixels are 0
+    "skewed images": network(0.3, 0.37, span=(0.0, 1.0)),
+    "skewed the other way": network(0.72, 0.36, span=(0.0, 1.0)),
     # images in [0, 1]
     "images": network(0.3, 0.3),
     # a few outliers beyond the end

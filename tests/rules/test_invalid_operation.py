@@ -57,6 +57,14 @@ FIRES = {
     "layer": (broken(layers=[4, 5, 6, 7, 8, 9, 10], weights_since=51), ("error", 50, "act1")),
     # a mean over nothing: gradients and weights stay finite
     "harmless": (broken(until=51, gradients=False), ("warning", 50, None)),
+    # masked on purpose from the start, and something else breaks later
+    "masked, then broken": (
+        altered(
+            broken(layers=[6, 7, 8, 9, 10], weights_since=51),
+            output_nonfinite=lambda v: v + (np.arange(v.shape[1]) == 9),
+        ),
+        ("error", 50, "act2"),
+    ),
     # an all-masked softmax, traced to its operation
     "traced": (replace(broken(weights_since=51), events=(TOLD,)), ("error", 50, None)),
     # exp of an unbounded output: finite, and far beyond what float32 can square
@@ -67,6 +75,8 @@ FIRES = {
 
 STAYS_SILENT = {
     "plain": plain_network(),
+    # a similarity of -inf for every row with itself, at every step: the loss and all gradients are finite
+    "masked": broken(since=0, layers=[9], loss=False, gradients=False),
     # the weights were NaN before the forward pass
     "weights": broken(weights_since=50),
     # the data was

@@ -59,7 +59,10 @@ FIRES = {
     "one step": (bad(grad_nonfinite=[0], until=51), ("warning", "linear0.weight", 50)),
     # only the observer's own report, between deep readings
     "told": (
-        replace(plain_network(), events=(Event(step=7, kind="nonfinite", layer="act1", data={"place": "output"}),)),
+        replace(
+            bad(since=7, until=8, loss_nonfinite=True),
+            events=(Event(step=7, kind="nonfinite", layer="act1", data={"place": "output"}),),
+        ),
         ("warning", "act1", 7),
     ),
     # a scaler that skips nearly every step has found no scale
@@ -68,6 +71,10 @@ FIRES = {
 
 STAYS_SILENT = {
     "plain": plain_network(),
+    # a similarity matrix whose diagonal is -inf on purpose: the loss and its gradients are finite
+    "masked": bad(since=0, output_nonfinite=[9]),
+    # missing values come in as NaN, and the first layer replaces them
+    "missing values": bad(since=0, output_nonfinite=[0], input_nonfinite=[1]),
     # the first steps of a gradient scaler, which starts at 2^16 and halves
     "scaler settles": bad(since=0, until=6, skipped=True, grad_nonfinite=PARAMETERS),
     # and one overflow in a while

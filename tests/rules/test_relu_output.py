@@ -14,7 +14,9 @@ STUCK = 2.3 + 0.01 * np.sin(STEPS * 1.7)
 OUTPUT, TARGET = 8, 11  # columns: the last activation of a network of four, which stands behind its last layer here
 
 
-def network(*, zeros=0.5, since=0, loss=STUCK, operations=("NllLoss", "LogSoftmax", "Relu", "Addmm"), targets=None):
+def network(
+    *, zeros=0.5, since=0, loss=STUCK, operations=("NllLoss", "LogSoftmax", "Relu", "Addmm"), targets=None, units=10
+):
     """A network that ends in a ReLU of which a share is zero from a step on; `targets` are (mean, spread)."""
     history = altered(
         plain_network(),
@@ -31,7 +33,7 @@ def network(*, zeros=0.5, since=0, loss=STUCK, operations=("NllLoss", "LogSoftma
         )
     layers = list(history.layers)
     head, last = layers[9], layers[OUTPUT]
-    layers[9], layers[OUTPUT] = replace(head, position=8), replace(last, position=9)
+    layers[9], layers[OUTPUT] = replace(head, position=8), replace(last, position=9, units=units)
     layers[TARGET] = replace(layers[TARGET], type="int64" if targets is None else "float32")
     event = Event(step=0, kind="loss-graph", data={"operations": list(operations)})
     return replace(history, layers=tuple(layers), events=(event,))
@@ -41,6 +43,9 @@ FIRES = {
     # all scores are zero from step 40 on
     "died": (network(zeros=1.0, since=40), ("error", 40)),
     "dead from the start": (network(zeros=0.95), ("error", 0)),
+    # one of two scores in five examples of six, none in the others
+    "two scores": (network(zeros=0.8, units=2), ("error", 0)),
+    "one value": (network(zeros=0.8, units=1, operations=("MseLoss", "Relu", "Addmm")), ("error", 0)),
     # a regression on targets of both signs
     "negative targets": (
         network(targets=(0.0, 1.0), operations=("MseLoss", "Relu", "Addmm"), loss=1.0 - 0.3 * (1 - np.exp(-STEPS / 5))),
@@ -50,6 +55,9 @@ FIRES = {
 
 STAYS_SILENT = {
     "plain": plain_network(),
+    # one positive score for each of ten classes, as it should be
+    "one hot": network(zeros=0.899),
+    "many classes": network(zeros=0.98, units=100),
     # half of the scores are zero, as behind any ReLU, and something else is wrong
     "half": network(),
     # class maps behind a ReLU, pooled: it learns

@@ -2,9 +2,7 @@
 
 import argparse
 
-import numpy as np
 import torch
-from sklearn.datasets import load_sample_image
 from torch import nn
 
 
@@ -25,10 +23,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    image = load_sample_image("flower.jpg").mean(2)[100:356:8, 200:456:8]
-    brightness = torch.tensor(image / 127.5 - 1, dtype=torch.float32).flatten()[:, None]
-    axis = torch.tensor(np.linspace(-1, 1, 32), dtype=torch.float32)
+    axis = torch.linspace(-1, 1, 32)
     coordinates = torch.cartesian_prod(axis, axis)
+    radius, angle = coordinates.norm(dim=1), torch.atan2(coordinates[:, 1], coordinates[:, 0])
+    brightness = (torch.cos(12 * radius + 3 * angle) * torch.exp(-radius))[:, None]
     model = nn.Sequential(Sine(2, 64, first=True), Sine(64, 64), Sine(64, 64), nn.Linear(64, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     for step in range(250):

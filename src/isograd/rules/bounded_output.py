@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from isograd._depth import boundary
 from isograd._history import History
 from isograd._loss_curve import LossCurve, loss_curve
@@ -34,8 +36,10 @@ class BoundedOutput(Rule):
         A sigmoid cannot answer 31. The best it can do is to saturate, where its own slope stops all learning.
 
     Decided by
-        outside: the mean of the targets plus or minus one standard deviation, at least `outside` (0.05) of the
-        range beyond its end: a sixth of the targets or more is out of reach. pinned: 0.9 of the output's entries.
+        outside: the mean of the targets plus or minus one standard deviation, no further than the largest and the
+        smallest target themselves, at least `outside` (0.05) of the range beyond its end: a sixth of the targets or
+        more is out of reach. The extremes matter where targets are skewed: most pixels of a drawing are 0, and one
+        standard deviation below their mean there is none. pinned: 0.9 of the output's entries.
 
     Stays silent when
         Targets fit (images in [0, 1] behind a sigmoid, actions in [-1, 1] behind a tanh), a few outliers do not, or
@@ -51,7 +55,14 @@ class BoundedOutput(Rule):
 
     stage: ClassVar[Stage] = "output"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
-    uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite", "output_mean", "output_std", "saturation")
+    uses: ClassVar[tuple[str, ...]] = (
+        "loss_nonfinite",
+        "output_mean",
+        "output_std",
+        "output_min",
+        "output_max",
+        "saturation",
+    )
     explains: ClassVar[tuple[str, ...]] = ("loss-plateau", "no-gradient", "vanishing-gradients")
     remedies: ClassVar[tuple[str, ...]] = ("remove-output-activation", "standardize-targets")
 
@@ -72,7 +83,7 @@ class BoundedOutput(Rule):
         what = (
             f"{100 * evidence.observed:.0f} % of it sits at an end of that range"
             if evidence.statistic == "saturation"
-            else f"one standard deviation from their mean the targets stand at {evidence.observed:.4g}"
+            else f"within one standard deviation of their mean the targets reach {evidence.observed:.4g}"
         )
         yield self.finding(
             history,
@@ -96,10 +107,12 @@ class BoundedOutput(Rule):
         margin = self.outside * (high - low)
         for index in boundary(history, "target"):
             center, spread = median(means.values[:, index]), median(spreads.values[:, index])
-            if center + spread >= high + margin:
-                return _at(history, int(index), center + spread, high + margin)
-            if center - spread <= low - margin:
-                return _at(history, int(index), center - spread, low - margin, below=True)
+            above = min(center + spread, _typical(history, "output_max", index, missing=np.inf))
+            below = max(center - spread, _typical(history, "output_min", index, missing=-np.inf))
+            if above >= high + margin:
+                return _at(history, int(index), above, high + margin)
+            if below <= low - margin:
+                return _at(history, int(index), below, low - margin, below=True)
         return None
 
     def _pinned(self, history: History, kind: str, curve: LossCurve) -> Evidence | None:
@@ -111,6 +124,13 @@ class BoundedOutput(Rule):
             return None
         step = int(series.steps[-1])
         return Evidence(statistic="saturation", observed=share, limit=self.pinned, step=step, layer=layer.name)
+
+
+def _typical(history: History, statistic: str, index: int, *, missing: float) -> float:
+    """A layer's median reading of `statistic`, `missing` where it was not read."""
+    series = history.series.get(statistic)
+    value = float("nan") if series is None else median(series.values[:, index])
+    return missing if np.isnan(value) else value
 
 
 def _at(history: History, index: int, observed: float, limit: float, *, below: bool = False) -> Evidence:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from isograd._history import History
-from isograd._loss_curve import loss_curve
+from isograd._loss_curve import LARGE_SHARE, loss_curve
 from isograd._loss_graph import MOVES, LossGraph, loss_graphs
 from isograd._rule import Evidence, Finding, Rule, Stage
 
@@ -47,11 +47,12 @@ class FlatLoss(Rule):
         every error beyond 1: the larger the mistake, the less is learned. What is meant is the Huber loss.
 
     Decided by
-        patience: 3 steps. A gradient of exactly 0.0 has no threshold. most: 0.9 of the entries.
+        patience: 3 steps. A gradient of exactly 0.0 has no threshold. most: 0.9 of the entries; what is left of the
+        gradient of a mean is then a tenth, and the run would need ten times its steps.
 
     Stays silent when
-        Any gradient arrives: clamps that guard a logarithm or a ratio (clipped policy objectives, hinge losses) are
-        flat for some examples only.
+        The loss falls by four fifths all the same. Or any gradient arrives: clamps that guard a logarithm or a ratio
+        (clipped policy objectives, hinge losses) are flat for some examples only.
 
     Remedies
         standardize-targets
@@ -75,7 +76,7 @@ class FlatLoss(Rule):
         if graph is None or curve is None or graph.step >= history.num_steps:
             return
         cut = next((name for name in graph.above_product if name in CUTTING), None)
-        if cut is None or curve.share >= 0.95:
+        if cut is None or curve.share >= LARGE_SHARE:
             return
         silent, step = self._silent_steps(history), int(history["grad_max"].steps[0])
         if silent >= self.patience:

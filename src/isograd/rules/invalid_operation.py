@@ -71,6 +71,7 @@ class InvalidOperation(Rule):
         "loss-spike",
         "no-gradient",
         "loss-plateau",
+        "undertrained",
     )
     remedies: ClassVar[tuple[str, ...]] = ("skip-bad-steps", "raise-precision", "scale-loss")
 

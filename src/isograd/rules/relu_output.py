@@ -15,6 +15,9 @@ from isograd._loss_graph import LossGraph, column_of, loss_graphs, output_layer
 from isograd._robust import median
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
 
+DEAD = 0.9
+"""The share of a layer's units from which dead-units calls it dead."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReluOutput(Rule):
@@ -22,16 +25,20 @@ class ReluOutput(Rule):
 
     Detects
         In the loss's graph, a ReLU as the first operation behind the last product with weights, together with harm:
-        a run whose loss is stuck or lost and an output of which a share of `zeros` or more is exactly zero at the
-        end, or targets of which a good part lies below zero.
+        a run whose loss is stuck or lost, and an output of K scores of which more is exactly zero at the end than one
+        positive score per example would leave (`zeros` or more in any case), or targets of which a good part lies
+        below zero.
 
     Why it matters
         Where the score is negative the output is 0 and so is its derivative: that example gives no gradient. Once
         all are, the model is dead, at a loss that no step changes.
 
     Decided by
-        zeros: 0.9 of the output's entries; half of them are zero in any ReLU. Targets: their mean minus their
-        standard deviation below 0, so that about a sixth of them or more cannot be reached.
+        A share of 1 - (1 - 2^-K) / K: of K centered scores none is positive in 2^-K of the examples; had all others
+        exactly one, this many entries would be zero (0.90 for 10 classes). Beyond it, examples without any positive
+        score, and so without a gradient, must have come up. zeros: 0.75 at the least, for few scores: halfway from the
+        half that is zero in any ReLU to all. Targets: their mean minus their standard deviation below 0, so that about
+        a sixth of them or more cannot be reached.
 
     Stays silent when
         The run learns in spite of it: counts, prices and images are never negative, and some networks pool class
@@ -57,7 +64,7 @@ class ReluOutput(Rule):
     explains: ClassVar[tuple[str, ...]] = ("no-gradient", "loss-plateau", "vanishing-gradients")
     remedies: ClassVar[tuple[str, ...]] = ("remove-output-activation",)
 
-    zeros: float = 0.9
+    zeros: float = 0.75
 
     def check(self, history: History) -> Iterator[Finding]:
         graph, curve = next(iter(loss_graphs(history)), None), loss_curve(history)
@@ -93,24 +100,30 @@ class ReluOutput(Rule):
         """Whether a rectifier inside the network is dead: then the zeros come from there."""
         series = history.series.get("dead_fraction")
         inside = [i for i, other in enumerate(history.layers) if other.position < layer.position]
-        return series is not None and any(median(series.values[-5:, i]) >= self.zeros for i in inside)
+        return series is not None and any(median(series.values[-5:, i]) >= DEAD for i in inside)
 
     def _zero_outputs(self, history: History, layer: Layer) -> Evidence | None:
         series = history.series.get("output_zero_fraction")
         if series is None or not len(series):
             return None
         column = column_of(history, layer)
-        share, low = median(series.values[-5:, column]), np.flatnonzero(series.values[:, column] < self.zeros)
+        limit = self._most_zeros(layer)
+        share, low = median(series.values[-5:, column]), np.flatnonzero(series.values[:, column] < limit)
         begun = int(low[-1]) + 1 if len(low) else 0
-        if not share >= self.zeros or begun >= len(series):
+        if not share >= limit or begun >= len(series):
             return None
         return Evidence(
             statistic="output_zero_fraction",
             observed=share,
-            limit=self.zeros,
+            limit=limit,
             step=int(series.steps[begun]),
             layer=layer.name,
         )
+
+    def _most_zeros(self, layer: Layer) -> float:
+        """The largest share of zeros that one positive score for each example leaves."""
+        scores = max(1, layer.units)
+        return max(self.zeros, 1 - (1 - 2.0**-scores) / scores)
 
     def _negative_targets(self, history: History) -> Evidence | None:
         means, spreads = history.series.get("output_mean"), history.series.get("output_std")

@@ -38,15 +38,18 @@ class UnscaledInputs(Rule):
         1. Bounded activations saturate at once.
 
     Decided by
-        scale: 10 root mean square; ordinary features (0 to 1, standardized, one-hot, 0 to 10) stay below.
-        columns: 100, a ratio of 10,000 in curvature. harm: the first weight's share of the squared gradient norm,
-        0.99.
+        scale: 10 root mean square; what a step changes in the first layer's output grows with the square of the input,
+        so a step of the usual 1e-3 of the weights does what one of 0.1, a large one, does at unit scale; ordinary
+        features (0 to 1, standardized, one-hot, 0 to 10) stay below. columns: 100, a ratio of 10,000 in curvature, and
+        about as many steps of gradient descent until the small column is learned; zeros are left out, so that a column
+        that is rarely set (a word, a pixel at the border) counts with the scale of its values. harm: the first
+        weight's share of the squared gradient norm, 0.99.
 
     Stays silent when
-        Inputs are integers (token and category numbers, an embedding's input) or only moderately off. Without any
-        harm it is info; where the loss falls well in spite of it, a warning at most. It is info, too, where the
-        forward pass overflows before the first update, from inputs below 1e6: products of fresh layers do not
-        (1e6 squared is 1e12, the largest float32 3.4e38), so an exponential or a division does, and is the cause.
+        Inputs are integers (token and category numbers, an embedding's input) or only moderately off. Without any harm
+        it is info; where the loss falls well in spite of it, a warning at most. It is info, too, where the forward
+        pass overflows before the first update, from inputs below 1e6: products and squares of fresh layers do not (1e6
+        squared is 1e12, the largest float32 3.4e38), so an exponential or a division does, and is the cause.
 
     Remedies
         standardize-inputs, insert-normalization, lower-learning-rate

@@ -32,8 +32,9 @@ class UnscaledTargets(Rule):
 
     Decided by
         scale: 10 root mean square, as for unscaled-inputs. reached: 0.5 of the targets' size at the end of the run.
-        step: 0.1; larger steps would get anywhere, and what is wrong is their size. breaking: 100; squared errors
-        then begin 10,000 times as large as those of standardized targets.
+        step: 0.1, from where learning-rate-too-high calls steps large: those would get anywhere. breaking: 100; the
+        first gradient of a squared error is proportional to the targets, so a step of the usual 1e-3 of the weights
+        (Karpathy 2022) becomes one of 0.1, and squared errors begin 10,000 times as large.
 
     Stays silent when
         The loss falls in spite of it (an offset is learned within a few hundred steps), or an activation bounds the

@@ -72,7 +72,10 @@ def initialize(model: nn.Module, method: _changes.InitializationMethod) -> None:
 
 
 def draw(root: nn.Module, passage: Passage, layers: Sequence[nn.Module], method: str) -> Callable[[], None]:
-    """Draw weights of `layers`; returns how to end what waits for the first batch."""
+    """Draw weights of `layers`; returns how to end what waits for the first batch.
+
+    "orthogonal" is for the recurrent matrices of a model that has some (they are applied once per time step).
+    """
     weighted = [layer for layer in layers if describe.kind_of(layer) in _WEIGHTED and _has_weight(layer)]
     recurrent = [layer for layer in layers if describe.kind_of(layer) in _RECURRENT]
     if method in ("forget-bias", "chrono", "identity-recurrence"):
@@ -82,12 +85,13 @@ def draw(root: nn.Module, passage: Passage, layers: Sequence[nn.Module], method:
         return _nothing
     if not weighted and not recurrent:
         raise CannotApply("There is no layer with weights to draw.")
+    if method == "orthogonal" and recurrent:
+        for weight in (weight for layer in recurrent for weight in _recurrent_weights(layer)):
+            init.orthogonal_(weight)
+        return _nothing
     kinds = following_kinds(root, passage)
     for layer in weighted:
         _DRAWS[method](layer, kinds.get(layer, "identity"))
-    for layer in recurrent if method == "orthogonal" else ():
-        for weight in _recurrent_weights(layer):
-            init.orthogonal_(weight)
     return _UnitVariance(passage, weighted).end if method == "lsuv" else _nothing
 
 

@@ -169,8 +169,12 @@ def row_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_scale_ratio(tensor: Tensor) -> Tensor:
-    """Largest over smallest column RMS of a matrix, columns of zeros left out; 1 for fewer than two columns."""
-    scale = tensor.detach()[:: -(-len(tensor) // ROWS)].float().square().mean(0).sqrt()
+    """Largest over smallest column RMS of a matrix, zeros left out; 1 for fewer than two columns that have others.
+
+    Without its zeros, a column that is rarely set (a word, a pixel at the border) has the scale of its values.
+    """
+    rows = tensor.detach()[:: -(-len(tensor) // ROWS)].float()
+    scale = rows.square().sum(0).div((rows != 0).sum(0).clamp_min(1)).sqrt()
     present = torch.where(scale > 0, scale, torch.nan)
     smallest = torch.nan_to_num(present, nan=math.inf).min()
     return torch.where(smallest.isfinite(), scale.max() / smallest, 1.0)

@@ -297,6 +297,21 @@ def steep_operations(nodes: Iterable[tuple[Any, str]]) -> list[Steep]:
     return sorted(steep, key=lambda one: one.largest if math.isfinite(one.largest) else math.inf, reverse=True)
 
 
+def _singular_at(root: Any, path: tuple[int, ...], name: str) -> Steep | None:
+    """The operation called `name` at the end of `path`, if its derivative is not finite; None where it is or where this
+    graph has no such place.
+    """
+    node = follow(root, path)
+    if node is None or operation_name(node) != name or math.prod(domains.shape_of(node)) > ENTRIES:
+        return None
+    with contextlib.suppress(*_UNREADABLE):
+        slope = domains.slope(node, name)
+        # The sum is finite only if every entry is; where it has overflowed by itself, the entries tell.
+        if slope is not None and not math.isfinite(slope.sum()) and not torch.isfinite(slope).all():
+            return Steep(node, name, math.inf)
+    return None
+
+
 class _Broken:
     """Waits at an operation without a finite derivative for the gradient to pass; says so if it breaks there."""
 
@@ -349,7 +364,7 @@ class Origins:
         """`finite`: whether the loss is. `tell` is called with the facts of every place found, now or while the
         backward pass runs.
         """
-        if loss.grad_fn is None or self._reports >= REPORTS:
+        if loss.grad_fn is None or self._reports >= REPORTS or (finite and not deep and not self._watched):
             return
         with torch.no_grad():
             if finite and not deep:
@@ -381,10 +396,7 @@ class Origins:
 
     def _look_ahead(self, root: Any, tell: Tell) -> None:
         """Between deep steps only the watched operations are looked at, without a walk through the graph."""
-        nodes = [(follow(root, path), name) for path, name in self._watched.items()]
-        there = [(node, name) for node, name in nodes if node is not None and operation_name(node) == name]
-        small = [(node, name) for node, name in there if math.prod(domains.shape_of(node)) <= ENTRIES]
-        bad = [one for one in steep_operations(small) if not math.isfinite(one.largest)]
+        bad = [one for path, name in self._watched.items() if (one := _singular_at(root, path, name)) is not None]
         if bad:
             graph = Graph(root)
             for one in bad:

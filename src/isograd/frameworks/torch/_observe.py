@@ -209,6 +209,13 @@ class Observer:
                 fresh.append(module)
         self._hook_layers(fresh)
 
+    def redescribe(self) -> None:
+        """Modules may have become others in place: say what they are now."""
+        for module, place in self._places.items():
+            place.kind = describe.kind_of(module)
+        for subject in self._subjects:
+            subject.redescribe()
+
     # ---- layers ---------------------------------------------------------------------------------------------------
 
     def _hook_layers(self, modules: Iterable[nn.Module]) -> None:

@@ -61,6 +61,8 @@ def batch_of(value: Any) -> Batch:
         return Batch(keywords=value)
     if not isinstance(value, (tuple, list)):
         return Batch((value,))
+    if not value:
+        raise ValueError("the batch is empty")
     *inputs, target = value if len(value) > 1 else (*value, None)
     first = inputs[0]
     if len(inputs) == 1 and isinstance(first, Mapping):
@@ -148,7 +150,8 @@ class Rehearsal:
         """What the copy makes of the batch. Raises ValueError where it does not take it."""
         assert self.batch is not None
         try:
-            return self.model(*self.batch.arguments, **self.batch.keywords)
+            # Clones: some models change their input in place.
+            return self.model(*_cloned(self.batch.arguments), **_cloned(dict(self.batch.keywords)))
         except Exception as error:
             raise ValueError(f"the model does not take this batch: {_line(error)}") from error
 
@@ -182,7 +185,7 @@ class Rehearsal:
         """One step with a random cotangent of the output: sum(v * output), v ~ N(0, 1). No weight changes."""
         optimizer = self._still()
         with self._watched(recorder, shield, optimizer):
-            out = calls.first_tensor(self.output())
+            out = _main_output(self.output())
             if out is None or not out.requires_grad:
                 raise ValueError("the model's output does not depend on any parameter that requires a gradient")
             self._backward((out * _cotangent(out)).sum())
@@ -201,7 +204,9 @@ class Rehearsal:
         return True
 
     def _still(self) -> Optimizer:
-        """An optimizer that changes nothing: the end of a step."""
+        """An optimizer that changes nothing: the end of a step. Raises ValueError where there is nothing to train."""
+        if not self.trainable:
+            raise ValueError("no parameter of the model requires a gradient")
         return torch.optim.SGD(self.trainable, lr=0.0)
 
     def _backward(self, loss: Tensor) -> None:
@@ -362,7 +367,22 @@ def _normal(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _cotangent(out: Tensor) -> Tensor:
-    return _normal(out.shape, 0).to(device=out.device, dtype=out.real.dtype)
+    return _normal(out.shape, 0).to(out)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(map(_cloned, value))
+    return {key: _cloned(entry) for key, entry in value.items()} if type(value) is dict else value
+
+
+def _main_output(output: Any) -> Tensor | None:
+    """The first tensor of what a model returns, its own loss left out; complex numbers as pairs."""
+    others = {key: value for key, value in output.items() if key != "loss"} if isinstance(output, Mapping) else output
+    out = calls.first_tensor(others)
+    return torch.view_as_real(out) if out is not None and out.is_complex() else out
 
 
 def _own_loss(output: Any) -> Any:

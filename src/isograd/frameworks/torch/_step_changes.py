@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +31,29 @@ from isograd.frameworks.torch._effects import (
 from isograd.frameworks.torch._multipliers import Multiplier, multiplier_of
 
 Group = dict[str, Any]
+T = TypeVar("T")
+
+
+class Succession(Generic[T]):
+    """One thing for each optimizer, which those made later over the same parameters inherit: some loops make a new one
+    every epoch.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._held: dict[int, tuple[weakref.ref[Tensor], T]] = {}
+
+    def of(self, optimizer: Optimizer) -> T:
+        """The optimizer's own, made where there is none."""
+        parameters = parameters_of(optimizer)
+        for parameter in parameters:
+            ref, held = self._held.get(id(parameter), (None, None))
+            if ref is not None and held is not None and ref() is parameter:
+                return held
+        made = self._make()
+        self._held.update({id(parameter): (weakref.ref(parameter), made) for parameter in parameters})
+        return made
+
 
 # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -39,12 +63,11 @@ class Clipping(StepEffect):
 
     def __init__(self, change: _changes.ClipGradients) -> None:
         self._change = change
-        self._clips: WeakKeyDictionary[Optimizer, clipping.Clip] = WeakKeyDictionary()
+        self._clips = Succession(lambda: _make_clip(change))
         self._exempt: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
     def adopt(self, optimizer: Optimizer, roots: Sequence[nn.Module]) -> str:
         """Brock et al. leave the output layer out of adaptive clipping; so do we."""
-        self._clips[optimizer] = _predecessor(self._clips, optimizer) or _make_clip(self._change)
         if self._change.method != "adaptive":
             return ""
         outputs = [layer for root in roots if (layer := describe.output_layer(root)) is not None]
@@ -55,7 +78,7 @@ class Clipping(StepEffect):
         exempt = self._exempt.get(optimizer, set())
         parameters = [p for p in with_gradients(optimizer) if id(p) not in exempt]
         if parameters and math.isfinite(largest_entry([p.grad for p in parameters if p.grad is not None])):
-            self._clips[optimizer](parameters)
+            self._clips.of(optimizer)(parameters)
 
 
 def _make_clip(change: _changes.ClipGradients) -> clipping.Clip:
@@ -224,31 +247,32 @@ class RateMultiplication(StepEffect):
     """Multiplies every group's learning rate for the duration of the step: the program's scheduler never sees it."""
 
     def __init__(self, make: Callable[[], Multiplier]) -> None:
-        self._make = make
-        self._multipliers: WeakKeyDictionary[Optimizer, Multiplier] = WeakKeyDictionary()
+        self._multipliers = Succession(make)
         self._own: WeakKeyDictionary[Optimizer, list[tuple[Group, Any]]] = WeakKeyDictionary()
 
     def adopt(self, optimizer: Optimizer, roots: Sequence[nn.Module]) -> str:
         if any("lr" not in group for group in optimizer.param_groups):
             raise CannotApply(f"{type(optimizer).__name__} has no learning rate.")
-        self._multipliers[optimizer] = multiplier = _predecessor(self._multipliers, optimizer) or self._make()
         # A scheduler may have lowered the rate already (a warm-up does at once): then the group remembers its own.
-        multiplier.begin([float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups])
+        self._multipliers.of(optimizer).begin(
+            [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        )
         return ""
 
     def before_backward(self, tensors: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
         for optimizer in optimizers:
-            self._multipliers[optimizer].see_loss(tensors)
+            self._multipliers.of(optimizer).see_loss(tensors)
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)  # a step that raised has left its rates behind
         self._own[optimizer] = [(group, group["lr"]) for group in optimizer.param_groups]
+        multiplier = self._multipliers.of(optimizer)
         for index, (group, rate) in enumerate(self._own[optimizer]):
-            group["lr"] = self._multipliers[optimizer].rate(index, rate)
+            group["lr"] = multiplier.rate(index, rate)
 
     def after_step(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
-        self._multipliers[optimizer].advance()
+        self._multipliers.of(optimizer).advance()
 
     def _restore(self, optimizer: Optimizer) -> None:
         for group, rate in self._own.pop(optimizer, []):
@@ -372,9 +396,3 @@ def _shorten(weights: Tensor, old: Tensor, allowed: float) -> None:
     size = torch.linalg.vector_norm(way.float()) / math.sqrt(max(1, way.numel()))
     if weights.numel() and math.isfinite(size) and size > allowed:
         weights.copy_(old + way * (allowed / size))
-
-
-def _predecessor(known: WeakKeyDictionary[Optimizer, Any], optimizer: Optimizer) -> Any | None:
-    """What belongs to an earlier optimizer over the same parameters: some loops make a new one every epoch."""
-    held = {id(parameter) for parameter in parameters_of(optimizer)}
-    return next((one for earlier, one in known.items() if held & {id(p) for p in parameters_of(earlier)}), None)

@@ -224,8 +224,10 @@ class _Reader:
             return Stage(name=node.name, kind="input")
         sources = self._signals(node)
         module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if node.op == "output" or not (sources or isinstance(module, nn.Embedding)):
+        if not (sources or isinstance(module, nn.Embedding)):
             return None
+        if node.op == "output":  # the first of several counts
+            return Stage(name="output", kind="output", sources=sources[:1])
         stage: Stage | None
         if module is None:
             stage = self._operation(node, _name(node))
@@ -336,7 +338,7 @@ class _Reader:
             )
         is_left = node.args[0] not in self.places
         fan_in = weight.shape[1] if name == "linear" or is_left else weight.shape[0]
-        owner = next((str(a.target) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"), node.name)
+        owner = next(_owner(a) for a in node.args if isinstance(a, fx.Node) and a in self.constants)
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         shift = self._values(bias) if bias is not None else None
         return Stage(
@@ -348,6 +350,13 @@ class _Reader:
 
 
 _SEVERAL = frozenset({"add", "multiply", "concatenate", "product", "mixing", "attention"})
+
+
+def _owner(node: fx.Node) -> str:
+    """The parameter that a constant was made from."""
+    while node.op != "get_attr" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target)
 
 
 def _name(node: fx.Node) -> str:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from isograd._history import Layer, Parameter
 from isograd.frameworks import Recorder
 from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch._delegation import acting
 from isograd.frameworks.torch._parameters import Columns
 
 
@@ -209,6 +210,15 @@ class Subject:
             if module is not None:
                 yield column, module
 
+    def redescribe(self) -> None:
+        """Bring kinds up to date: a module may have become another one in place."""
+        for column, module in self.live_layers():
+            entry = self.layers[column]
+            now = replace(entry.layer, kind=describe.kind_of(module), type=type(module).__name__)
+            if now != entry.layer:
+                entry.layer = now
+                self._recorder.update_layer(self.name, column, now)
+
     def column_of(self, module: nn.Module) -> int | None:
         """The column of a module, if it is a layer of this subject."""
         return self._module_columns.get(module)
@@ -243,6 +253,10 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _hyperparameters(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """Those of the optimizer that steps; a group may still hold what only the one that it replaced has used."""
+    stepping = acting(optimizer)
+    if stepping is not optimizer:
+        group = {key: value for key, value in group.items() if key in stepping.defaults or key == "params"}
     plain = {k: v for k, v in group.items() if isinstance(v, (bool, int, float, str, type(None)))}
     pairs = {k: [*v] for k, v in group.items() if isinstance(v, tuple) and all(isinstance(x, float) for x in v)}
-    return {"optimizer": type(optimizer).__name__, "size": len(group["params"]), **plain, **pairs}
+    return {"optimizer": type(stepping).__name__, "size": len(group["params"]), **plain, **pairs}
