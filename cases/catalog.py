@@ -17,12 +17,14 @@ class Case:
     """One file in `programs/`.
 
     `accepted`: the causes that count as right, most exact first; a control has none. `harmless`: the program looks
-    broken and trains all the same, so that a warning is welcome and an error is wrong.
+    broken and trains all the same, so that a warning is welcome and an error is wrong. `unreachable`: why nothing but
+    another source can repair it; "" where a change from outside may.
     """
 
     name: str
     accepted: tuple[str, ...] = ()
     harmless: bool = False
+    unreachable: str = ""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -42,6 +44,16 @@ class Job:
     case: Case
     variant: Variant
     seed: int
+
+    @property
+    def seen(self) -> Path | None:
+        """An earlier run of the program that `isograd run` is to find."""
+        return None
+
+    @property
+    def options(self) -> list[str]:
+        """What `isograd run` is given before the script."""
+        return []
 
     @property
     def arguments(self) -> list[str]:
@@ -82,4 +94,5 @@ def _read(path: Path) -> Case:
         name=path.stem,
         accepted=tuple(ast.literal_eval(constants["ACCEPTED"])),
         harmless="HARMLESS" in constants and bool(ast.literal_eval(constants["HARMLESS"])),
+        unreachable=ast.literal_eval(constants["UNREACHABLE"]) if "UNREACHABLE" in constants else "",
     )

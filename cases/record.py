@@ -53,13 +53,15 @@ def printed_verdict(folder: Path) -> bool | None:
 
 def run_folder(folder: Path) -> Path | None:
     """The run that a job left; None when there is none."""
-    return next(iter(sorted(path.parent for path in folder.glob("*/run.db"))), None)
+    return next(iter(sorted(path.parent for path in folder.glob("*/run.db") if path.parent.name != "seen")), None)
 
 
 def _record(job: Job, folder: Path, context: multiprocessing.context.ForkServerContext) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    process = context.Process(target=_run, args=(str(job.case.script), job.arguments, str(folder)))
+    if job.seen is not None:
+        shutil.copytree(job.seen, folder / "seen")
+    process = context.Process(target=_run, args=(job.options, str(job.case.script), job.arguments, str(folder)))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
@@ -71,7 +73,7 @@ def _record(job: Job, folder: Path, context: multiprocessing.context.ForkServerC
     return "" if run_folder(folder) else "left no run"
 
 
-def _run(script: str, arguments: list[str], folder: str) -> None:
+def _run(options: list[str], script: str, arguments: list[str], folder: str) -> None:
     """The process of one program."""
     descriptor = os.open(Path(folder) / "output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
@@ -81,4 +83,4 @@ def _run(script: str, arguments: list[str], folder: str) -> None:
     os.chdir(folder)
     from isograd._cli import main
 
-    sys.exit(main(["run", "--out", folder, script, *arguments]))
+    sys.exit(main(["run", "--out", folder, *options, script, *arguments]))

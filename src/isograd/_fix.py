@@ -1,8 +1,9 @@
 """Find a treatment that helps: run, diagnose, try, verify, rank. `isograd fix` in one function.
 
 1. The program as it is, once, gives the diagnosis and the yardstick.
-2. *Screening*: every candidate runs once with the same seed, on the shortest part of the run that shows the fault,
-   beside the untreated program once more, which tells what chance alone does.
+2. *Screening*: candidates run once with the same seed, on the shortest part of the run that shows the fault, beside the
+   untreated program once more, which tells what chance alone does. They come in waves, the likeliest first, until one
+   has resolved its cause.
 3. *Verification*: the best of them run on other seeds, paired with untreated runs, for half of the run, and for the
    whole where that does not decide. Only this counts, so that luck in the screening does not. If the best improves
    without resolving, it is tried together with the second.
@@ -26,8 +27,12 @@ from isograd._treat import combine, every_treatment, treat
 from isograd._trial import Program, Trial, run_trial
 from isograd._verify import MATTERS, Arm, Verdict, compare
 
-CANDIDATES = 8
-"""Screened by default: with the runs before and after, about three times the time of the program at two jobs."""
+CANDIDATES = 9
+"""Screened at most by default."""
+
+WAVE = 3
+"""Candidates of one wave: with the untreated run beside the first one, two rounds of two jobs. Where the first wave has
+what helps, the whole search takes three times the time of the program: 1 + 4/4/2 + 6/2/2."""
 
 FINALISTS = 2
 SHARE = 4
@@ -152,17 +157,22 @@ class Search:
 
     def _screen(self, first: Arm, candidates: Sequence[Treatment], subject: str) -> tuple[list[Tried], float]:
         steps = _screening_steps(first)
+        size = len(candidates) if self.every else WAVE
+        waves = [candidates[i : i + size] for i in range(0, len(candidates), size)] or [()]
         again, *arms = self._arms(
             "trying treatments",
-            [self._trial(steps=steps, subject=subject)]
-            + [self._trial(changes=t.changes, steps=steps, subject=subject) for t in candidates],
+            [self._trial(steps=steps, subject=subject), *self._screening(waves[0], steps, subject)],
         )
+        tried = _compared(again, waves[0], arms)
+        for wave in waves[1:]:
+            if any(all(_promise(one)[:2]) for one in tried):
+                break
+            tried += _compared(again, wave, self._arms("trying treatments", self._screening(wave, steps, subject)))
         noise = abs(compare([_cut(first, steps)], [again]).effect.value)
-        tried = [
-            Tried(treatment=t, verdict=compare([again], [arm], cause=t.cause), seconds=arm.seconds)
-            for t, arm in zip(candidates, arms, strict=True)
-        ]
         return sorted(tried, key=_promise, reverse=True), noise
+
+    def _screening(self, wave: Sequence[Treatment], steps: int, subject: str) -> list[Trial]:
+        return [self._trial(changes=t.changes, steps=steps, subject=subject) for t in wave]
 
     def _verify(self, first: Arm, fix: Fix, subject: str) -> Iterator[Fix]:
         steps = self._verification_steps(first)
@@ -265,6 +275,13 @@ def _screening_steps(first: Arm) -> int:
     told = [f for cause in first.diagnosis.at_least("warning")[:1] for f in (cause.finding, *cause.symptoms)]
     shows = max((finding.first_step for finding in told if finding.level != "info"), default=0)
     return min(first.steps, max(first.steps // SHARE, 20, 2 * (shows + 1)))
+
+
+def _compared(untreated: Arm, candidates: Sequence[Treatment], arms: Sequence[Arm]) -> list[Tried]:
+    return [
+        Tried(treatment=t, verdict=compare([untreated], [arm], cause=t.cause), seconds=arm.seconds)
+        for t, arm in zip(candidates, arms, strict=True)
+    ]
 
 
 def _cut(arm: Arm, steps: int) -> Arm:

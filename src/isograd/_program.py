@@ -16,6 +16,11 @@ RECTIFIERS = ("relu", "leaky-relu", "elu", "selu", "gelu", "silu", "softplus")
 NORMALIZATIONS = ("batch-norm", "layer-norm", "group-norm", "rms-norm")
 
 
+def is_seen(history: History) -> bool:
+    """Whether the program has been watched: of one that has not, no remedy can say that it has no place."""
+    return bool(history.layers or history.parameters or history.groups)
+
+
 def first_group(history: History) -> Mapping[str, Any]:
     """The optimizer's name and hyperparameters of the first parameter group; empty where they are not known."""
     return history.groups[0] if history.groups else {}

@@ -1,8 +1,10 @@
 """Did it help? The verdict on a treatment from paired runs of the same program, with and without it.
 
 Each seed gives a pair: the untreated run and the treated one, at equal steps, judged by the program's own loss. A
-run's *end* is the mean loss of its last quarter, where a step above the start, or without a finite loss, counts as the
-start: a spike is lost progress, however high. The *effect* of a pair is
+pair's *start* is the lower of its two first losses: what a treatment of the data or the initialization removes before
+anything is learned (a first loss of thousands from unscaled inputs) is no progress, and does not dwarf what is. A run's
+*end* is the mean loss of its last quarter, where a step above the start, or without a finite loss, counts as the start:
+a spike is lost progress, however high. The *effect* of a pair is
 
     (end untreated - end treated) / (start - lowest end of any run in the comparison)
 
@@ -140,7 +142,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
 
 def _effect(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[list[tuple[float, float]], Effect]:
     steps = [_common_steps(a, b) for a, b in pairs]
-    starts = [_start(a if a.steps else b) for a, b in pairs]
+    starts = [_start(a, b) for a, b in pairs]
     ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
     lowest = min(min(pair) for pair in ends)
     scale = max(start - lowest for start in starts)
@@ -176,10 +178,10 @@ def _common_steps(a: Arm, b: Arm) -> int:
     return min(whole) if whole else min(a.steps, b.steps)
 
 
-def _start(arm: Arm) -> float:
-    """The first finite loss; 0 where there is none, so that such a pair still counts by its other run."""
-    known = arm.losses[np.isfinite(arm.losses)]
-    return float(known[0]) if len(known) else 0.0
+def _start(*arms: Arm) -> float:
+    """The lower of the first finite losses; 0 where there is none: such a pair shows no progress."""
+    known = (arm.losses[np.isfinite(arm.losses)] for arm in arms)
+    return min((float(losses[0]) for losses in known if len(losses)), default=0.0)
 
 
 def _end(arm: Arm, steps: int, start: float) -> float:

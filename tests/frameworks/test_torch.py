@@ -1543,10 +1543,11 @@ def test_memory_does_not_grow(watch, evaluates):
         after = train(steps)
         assert 500 + steps == run.step
 
-    # An object or three blocks kept at every third step would exceed these; resident memory varies by a few pages.
+    # An object or three blocks kept at every third step would exceed these. Resident memory varies with the length that
+    # the recording thread's queue once had: it is told from memory kept at every step by the kilobyte.
     assert after[0] - objects < steps / 3
     assert after[1] - blocks < steps
-    assert after[2] - size < 16e6
+    assert after[2] - size < 32e6
 
 
 def test_optimizers_made_over_and_over_do_not_pile_up(watch):

@@ -133,6 +133,6 @@ def test_the_earlier_place_wins():
 def test_what_was_traced_is_named(told, expected):
     """The message says of the operation what is known of it: reason, source line and how much was hit."""
     event = Event(step=7, kind="nonfinite", layer="act1", data={"place": "operation", "count": 2, **told})
-    (finding,) = NonfiniteValues().check(replace(plain_network(), events=(event,)))
+    (finding,) = NonfiniteValues().check(replace(bad(since=7, until=8, loss_nonfinite=True), events=(event,)))
 
     assert expected in finding.message

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import hyperparameter
+from isograd._program import hyperparameter, is_seen
 from isograd._remedy import Inapplicable, Remedy
 
 
@@ -38,7 +38,7 @@ class DecayWeights(Remedy):
     weight_decay: float = 5e-4
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if hyperparameter(history, "weight_decay") is None:
+        if is_seen(history) and hyperparameter(history, "weight_decay") is None:
             raise Inapplicable("The optimizer has no weight decay to set.")
         return (_changes.SetHyperparameter(name="weight_decay", value=self.weight_decay),)
 

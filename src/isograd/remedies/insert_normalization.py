@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, cast, get_args
 from isograd import _changes
 from isograd._changes import Change, NormalizationKind
 from isograd._history import History
-from isograd._program import weighted
+from isograd._program import is_seen, weighted
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -62,7 +62,7 @@ class InsertNormalization(Remedy):
         yield cls(kind="group" if convolutional else "batch")
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if len(weighted(history)) < 2:
+        if is_seen(history) and len(weighted(history)) < 2:
             raise Inapplicable("No hidden layer with weights was seen.")
         return (_changes.InsertNormalization(kind=cast("NormalizationKind", self.kind)),)
 

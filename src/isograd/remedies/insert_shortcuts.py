@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, cast, get_args
 from isograd import _changes
 from isograd._changes import Change, ShortcutKind
 from isograd._history import History
-from isograd._program import weighted
+from isograd._program import is_seen, weighted
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -59,7 +59,7 @@ class InsertShortcuts(Remedy):
 
     def changes(self, history: History) -> tuple[Change, ...]:
         sizes = [layer.units for layer in weighted(history)]
-        if not any(a == b for a, b in pairwise(sizes)):
+        if is_seen(history) and not any(a == b for a, b in pairwise(sizes)):
             raise Inapplicable("No two consecutive layers have the same size, so no shortcut fits.")
         return (_changes.InsertShortcuts(kind=cast("ShortcutKind", self.kind)),)
 

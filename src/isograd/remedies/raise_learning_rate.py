@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import first_learning_rate, short
+from isograd._program import first_learning_rate, is_seen, short
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -46,7 +46,7 @@ class RaiseLearningRate(Remedy):
         yield cls(factor=100.0)
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if first_learning_rate(history) is None:
+        if is_seen(history) and first_learning_rate(history) is None:
             raise Inapplicable("The optimizer has no learning rate to raise.")
         return (_changes.SetHyperparameter(name="lr", factor=self.factor),)
 

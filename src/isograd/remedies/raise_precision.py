@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import is_seen
 from isograd._remedy import Inapplicable, Remedy
 
 
@@ -43,7 +44,7 @@ class RaisePrecision(Remedy):
 
     def changes(self, history: History) -> tuple[Change, ...]:
         types = {parameter.dtype for parameter in history.parameters} | {layer.dtype for layer in history.layers}
-        if not types & {"float16", "bfloat16"}:
+        if is_seen(history) and not types & {"float16", "bfloat16"}:
             raise Inapplicable("Weights and outputs are in float32 or wider already.")
         return (_changes.RaisePrecision(),)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, cast, get_args
 from isograd import _changes
 from isograd._changes import Change, InitializationMethod
 from isograd._history import History
-from isograd._program import RECURRENT, kinds, main_activation, weighted
+from isograd._program import RECURRENT, is_seen, kinds, main_activation, weighted
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -99,7 +99,7 @@ class ReinitializeLayers(Remedy):
         yield cls(method="lsuv")
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if not weighted(history) and not kinds(history) & RECURRENT:
+        if is_seen(history) and not weighted(history) and not kinds(history) & RECURRENT:
             raise Inapplicable("No layer with weights was seen.")
         return (_changes.ReinitializeLayers(method=cast("InitializationMethod", self.method)),)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import hyperparameter
+from isograd._program import hyperparameter, is_seen
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -54,7 +54,7 @@ class StabilizeOptimizer(Remedy):
             yield cls(beta2=0.95)
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if hyperparameter(history, "beta2") is None:
+        if is_seen(history) and hyperparameter(history, "beta2") is None:
             raise Inapplicable("The optimizer keeps no second moment.")
         given = [("eps", self.eps), ("beta2", self.beta2)]
         settings = tuple(_changes.SetHyperparameter(name=name, value=value) for name, value in given if value)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import is_seen
 from isograd._remedy import Inapplicable, Remedy
 
 
@@ -38,7 +39,7 @@ class StandardizeTargets(Remedy):
     batches: int = 8
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if not any(layer.role == "target" and "float" in layer.type for layer in history.layers):
+        if is_seen(history) and not any(layer.role == "target" and "float" in layer.type for layer in history.layers):
             raise Inapplicable("No floating-point target was seen to standardize.")
         return (_changes.StandardizeTargets(batches=self.batches),)
 

@@ -1,0 +1,263 @@
+"""Lets `isograd fix` treat every faulty program of `programs/`; writes REPAIRS.md and repairs.json beside this file.
+
+python cases/repair.py                    # every program; what is recommended is applied with seeds 0, 1 and 2
+python cases/repair.py --only vgg,relu    # some programs: their lines, no files
+
+A program is repaired by a treatment where it says so itself at its end, untouched but for `isograd run --apply`, with
+every seed. Beside the recommended treatment stand, on the same seeds: a remedy of the catalogue drawn at random, the
+learning rate divided by ten, and gradients clipped to a global norm of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from catalog import Case, Job, read_cases
+from numpy.random import default_rng
+from record import printed_verdict, record, run_folder
+
+from isograd._errors import IsogradError
+from isograd._recorded import diagnose_run
+from isograd._runs import read_run
+from isograd._treat import every_treatment, treat
+
+HERE = Path(__file__).parent
+ROOT = HERE / "runs" / "repairs"
+RATE, CLIP = "lower-learning-rate:factor=0.1", "clip-gradient-norm:max_norm=1.0"
+ARMS = ("recommended", "random", "rate", "clip")
+LABELS = {
+    "recommended": "`isograd fix`",
+    "random": "a remedy at random",
+    "rate": "the learning rate divided by ten",
+    "clip": "clip at 1.0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What became of one program.
+
+    `treatments`: of each arm with each seed what `--apply` was given; `repaired`: whether the program then called
+    itself so. `ratio`: seconds of the search over those of the untreated run in it. `reachable`: whether any change
+    from outside of the program's source can help, else `why` none can.
+    """
+
+    case: str
+    reachable: bool
+    why: str
+    status: int
+    causes: tuple[str, ...] = ()
+    confirmed: tuple[str, ...] = ()
+    outcome: str = ""
+    tried: int = 0
+    seconds: float = 0.0
+    ratio: float = 0.0
+    treatments: dict[str, list[list[str]]] = field(default_factory=dict)
+    repaired: dict[str, list[bool]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treated(Job):
+    """A job whose program is treated."""
+
+    arm: str
+    treatment: tuple[str, ...]
+
+    @property
+    def seen(self) -> Path:
+        """What `--apply` knows the program from."""
+        return recorded_run(self.case)
+
+    @property
+    def options(self) -> list[str]:
+        """What `isograd run` is given before the script."""
+        return [part for text in self.treatment for part in ("--apply", text)]
+
+    def folder(self, root: Path) -> Path:
+        """Where its run is kept."""
+        return root / self.arm / super().folder(root).relative_to(root)
+
+
+def fixed(case: Case, *, jobs: int) -> tuple[int, dict[str, Any], float]:
+    """`isograd fix --json` of a program: its status, what it printed, its seconds."""
+    command = [sys.executable, "-m", "isograd", "fix", "--json", "--jobs", str(jobs), str(case.script)]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=1800, check=False)
+    found = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr.strip()[-300:]}
+    return done.returncode, found, time.perf_counter() - began
+
+
+def recommended(found: dict[str, Any]) -> tuple[str, ...]:
+    """What `--apply` takes, once for each remedy; empty where nothing is recommended."""
+    best = found.get("best")
+    if best is None:
+        return ()
+    text = found["trials"][best]["treatment"]
+    return (text,) if isinstance(text, str) else tuple(text)
+
+
+def recorded_run(case: Case) -> Path:
+    """The untreated run of the program with seed 0 that `make cases` left. Raises ValueError where there is none."""
+    found = run_folder(Job(case=case, variant="faulty", seed=0).folder(HERE / "runs"))
+    if found is None:
+        raise ValueError(f"there is no recorded run of {case.name}: run `make cases` first")
+    return found
+
+
+def applicable(case: Case) -> list[tuple[str, ...]]:
+    """Every treatment of the catalogue in its default form that the program has a place for."""
+    diagnosis = diagnose_run(read_run(recorded_run(case)), {})
+    options = [*treat(diagnosis), *every_treatment(diagnosis.histories[0])]
+    return list({t.texts: t.texts for t in options if t.changes and t.applicability == "automatic"})
+
+
+def jobs_of(case: Case, best: tuple[str, ...], seeds: Iterable[int]) -> list[Treated]:
+    """The treated runs of a program: every arm with every seed, those of a remedy at random drawn anew each time."""
+    pool = applicable(case)
+    found = []
+    for seed in seeds:
+        draw = default_rng(list(f"{case.name} {seed}".encode()))
+        chosen = {"recommended": best, "random": pool[draw.integers(len(pool))], "rate": (RATE,), "clip": (CLIP,)}
+        found += [
+            Treated(case=case, variant="faulty", seed=seed, arm=arm, treatment=chosen[arm])
+            for arm in ARMS
+            if chosen[arm]
+        ]
+    return found
+
+
+def repair(case: Case, seeds: Sequence[int], *, jobs: int) -> Repair:
+    """Search for a treatment, apply it and what it is compared with, and ask the program each time."""
+    status, found, _ = fixed(case, jobs=jobs)
+    best = recommended(found)
+    treated = jobs_of(case, best, seeds)
+    problems = dict(record(treated, ROOT, workers=jobs))
+    verdicts = {job: not problems[job] and bool(printed_verdict(job.folder(ROOT))) for job in treated}
+    baseline = found.get("baseline", {})
+    return Repair(
+        case=case.name,
+        reachable=not case.unreachable,
+        why=case.unreachable,
+        status=status,
+        causes=tuple(cause["cause"] for cause in baseline.get("causes", ())),
+        confirmed=tuple(baseline.get("confirmed", ())),
+        outcome=found["trials"][found["best"]]["outcome"] if best else found.get("error", "nothing"),
+        tried=len(found.get("trials", ())),
+        seconds=found.get("seconds", 0.0),
+        ratio=found.get("seconds", 0.0) / max(found.get("baseline_seconds", 0.0), 1e-9),
+        treatments={arm: [list(job.treatment) for job in treated if job.arm == arm] for arm in ARMS},
+        repaired={arm: [verdicts[job] for job in treated if job.arm == arm] for arm in ARMS},
+    )
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+
+def share(repairs: Sequence[Repair], arm: str) -> tuple[int, int]:
+    """Programs that an arm repaired with every seed, and all of them."""
+    whole = [all(one.repaired[arm]) and bool(one.repaired[arm]) for one in repairs]
+    return sum(whole), len(whole)
+
+
+def line(one: Repair) -> str:
+    """One program for the terminal."""
+    marks = " ".join(f"{arm} {sum(one.repaired[arm])}/{len(one.repaired[arm])}" for arm in ARMS)
+    text = " + ".join(one.treatments["recommended"][0]) if one.treatments["recommended"] else "-"
+    outcome = one.outcome if one.reachable else "unreachable"
+    return f"{one.case:38s} {outcome[:12]:12s} {text:60s} {marks} x{one.ratio:.1f}"
+
+
+def document(repairs: Sequence[Repair], healthy: Sequence[tuple[str, int, float]]) -> str:
+    """REPAIRS.md."""
+    reachable = [one for one in repairs if one.reachable]
+    wrong = [one for one in repairs if one.repaired["recommended"] and not any(one.repaired["recommended"])]
+    ratios = [one.ratio for one in repairs]
+    count = sum(bool(one.treatments["recommended"]) for one in repairs)
+    parts = [
+        "# What `isograd fix` repairs",
+        __doc__.split("\n\n")[-1].strip(),
+        f"{len(repairs)} faulty programs; {len(reachable)} of the faults can be reached from outside of the source.",
+        _table(
+            ["", "repaired, of the reachable", "repaired, of all", "treated runs that end repaired"],
+            [_arm_row(arm, repairs, reachable) for arm in ARMS],
+        ),
+        f"Recommended, and repaired with no seed: {len(wrong)} of {count}.",
+        f"Time of the search over that of the faulty run: median {median(ratios):.1f}, worst {max(ratios):.1f}.",
+        "## Programs\n\n" + _table(
+            ["program", "causes found", "recommended", "outcome", "repaired", "random", "rate", "clip", "time"],
+            [_row(one) for one in repairs],
+        ),
+        "## Out of reach\n\n" + _table(["program", "why"], [[r.case, r.why] for r in repairs if not r.reachable]),
+        "## Healthy programs\n\n" + _table(
+            ["program", "status", "seconds"], [[name, str(status), f"{s:.1f}"] for name, status, s in healthy]
+        ),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _arm_row(arm: str, repairs: Sequence[Repair], reachable: Sequence[Repair]) -> list[str]:
+    done, all_of = share(reachable, arm)
+    every, total = share(repairs, arm)
+    runs = [verdict for one in repairs for verdict in one.repaired[arm]]
+    return [
+        LABELS[arm],
+        f"{done} of {all_of} ({done / max(1, all_of):.0%})",
+        f"{every} of {total}",
+        f"{sum(runs)} of {len(runs)}",
+    ]
+
+
+def _row(one: Repair) -> list[str]:
+    text = " + ".join(one.treatments["recommended"][0]) if one.treatments["recommended"] else ""
+    marks = [f"{sum(one.repaired[arm])}/{len(one.repaired[arm])}" if one.repaired[arm] else "" for arm in ARMS]
+    return [one.case, ", ".join(one.causes), f"`{text}`" if text else "", one.outcome, *marks, f"{one.ratio:.1f}"]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body])
+
+
+def main() -> int:
+    """Repair, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[""], metavar="PART,…")
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    chosen = [case for case in read_cases() if any(part in case.name for part in options.only)]
+    repairs, healthy = [], []
+    for case in chosen:
+        if case.accepted:
+            repairs.append(repair(case, options.seeds, jobs=options.jobs))
+            print(line(repairs[-1]), flush=True)
+        else:
+            status, _, seconds = fixed(case, jobs=options.jobs)
+            healthy.append((case.name, status, seconds))
+            print(f"{case.name:38s} healthy: status {status}, {seconds:.1f} s", flush=True)
+    if options.only == [""]:
+        content = {"schema": 1, "repairs": [asdict(one) for one in repairs], "healthy": healthy}
+        (HERE / "repairs.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (HERE / "REPAIRS.md").write_text(document(repairs, healthy), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (IsogradError, ValueError) as error:
+        sys.exit(f"{shlex.quote(sys.argv[0])}: {error}")
