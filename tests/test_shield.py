@@ -222,7 +222,7 @@ def test_what_was_seen_before_the_failure_is_kept(tmp_path, fail, capfd):
 def test_an_error_while_finishing_is_told_too(tmp_path, fail, capfd):
     """An error in the last moment, when the watch is closed, is one line as well and raises nothing."""
     clock = Clock()
-    fail(Observer, "_finish", clock, STEPS)
+    fail(Observer, "settle", clock, STEPS)
     _, _, run = train(clock, out=tmp_path)
     run.close()
     run.close()

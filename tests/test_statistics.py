@@ -460,6 +460,30 @@ def test_gradients_left_behind(steps, habit):
     assert expected == pytest.approx(history["carried_grad_norm"].values.tolist(), rel=1e-6)
 
 
+def test_gradients_returned_are_no_gradients_left_behind():
+    """A pass whose gradients `torch.autograd.grad` returns adds to nothing: what stands then may be cleared later. Its
+    loss is not the step's, unless it is the only one.
+    """
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 1e-3)
+
+    def loop():
+        for step in range(3):
+            (gradient,) = torch.autograd.grad((weight * weight).sum() * 100, weight, create_graph=True)
+            optimizer.zero_grad()
+            if step < 2:
+                ((weight - 0.001 * gradient).sum() * 0 + step).backward()
+            else:
+                weight.grad = gradient.detach()
+            optimizer.step()
+
+    history = recorded(loop, nn.ParameterList([weight]), optimizer)
+
+    assert [0.0, 0.0] == history["carried_grad_norm"].values.tolist()[:2]
+    assert math.isnan(history["carried_grad_norm"].values[2])
+    assert [0, 1, 300] == pytest.approx(history["loss"].values.tolist())
+
+
 @proves("learning_rate")
 @few
 @given(st.lists(st.floats(1e-8, 10.0), min_size=1, max_size=4), st.booleans())
@@ -922,6 +946,7 @@ def test_similarity_of_rows(inputs):
         return
     last = outputs[-1].detach().double()
     rows = last.movedim(1 if last.dim() >= 4 else -1, -1).flatten(0, -2).numpy()
+    assume(len(rows) <= 64)  # more are sampled: see below
 
     assert cosine_between_rows(rows) == pytest.approx(
         column(history, "row_similarity", "layer"), rel=1e-5, abs=1e-5, nan_ok=True

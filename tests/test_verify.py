@@ -140,6 +140,21 @@ def test_a_planted_effect_is_found():
     assert found / 300 >= 0.95
 
 
+def test_a_transient_does_not_dwarf_what_is_learned():
+    """Losses of thousands at the first steps of untreated runs, and one odd first loss, do not hide it."""
+    untreated, treated = arms(0.7, 0.71, 0.69, steps=200), arms(0.1, 0.1, 0.1, steps=200)
+    for run in untreated:
+        run.losses[:9] = 8000 / 2.0 ** np.arange(9)
+        run.losses[9:] = run.losses[-1]
+    for run in treated:
+        run.losses[:] = np.linspace(0.75, 0.1, 200)
+    treated[1].losses[0] = 1e-3
+    verdict = compare(untreated, treated)
+
+    assert "improved" == verdict.outcome
+    assert 0.4 < verdict.effect.value < 1
+
+
 def test_the_table_is_student_s():
     """Quantiles of Student's t from its density, integrated numerically."""
     for freedom in range(1, 10):

@@ -57,7 +57,7 @@ def main():
     model = Recall(orthogonal=args.fixed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-    losses = []
+    ratio, losses = initial_ratio(model, x, y), []
     for inputs, labels in minibatches(x, y, steps=250):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), labels)
@@ -67,8 +67,6 @@ def main():
         losses.append(loss.item())
 
     accuracy = (model(x).argmax(1) == y).float().mean().item()
-    torch.manual_seed(args.seed)
-    ratio = initial_ratio(Recall(orthogonal=args.fixed), x, y)
     verdict(accuracy >= 0.7 and ratio > 1e-4, loss=sum(losses[-20:]) / 20, accuracy=accuracy, initial_ratio=ratio)
 
 

@@ -23,8 +23,8 @@ def main():
     x, y = moons()
     x = standardized(x) if args.fixed else x * 100 + 500
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    with torch.no_grad():
-        saturated = (model[:2](x).abs() > 0.99).float().mean().item()
+    saturated = []
+    model[1].register_forward_hook(lambda _, __, out: saturated.append((out.abs() > 0.99).float().mean().item()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     losses = []
@@ -36,7 +36,10 @@ def main():
         losses.append(loss.item())
 
     accuracy = (model(x).argmax(1) == y).float().mean().item()
-    verdict(accuracy >= 0.98 and saturated < 0.05, loss=sum(losses[-50:]) / 50, accuracy=accuracy, saturated=saturated)
+    verdict(
+        accuracy >= 0.98 and saturated[0] < 0.05,
+        loss=sum(losses[-50:]) / 50, accuracy=accuracy, saturated=saturated[0],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isograd._changes import CannotApply as CannotApply
     from isograd._diagnose import Diagnosis as Diagnosis
     from isograd._errors import IsogradError as IsogradError
     from isograd._errors import RunNotFound as RunNotFound
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from isograd._errors import UnhealthyRun as UnhealthyRun
     from isograd._errors import UnknownName as UnknownName
     from isograd._history import History as History
+    from isograd._paired import verify as verify
     from isograd._preflight import preflight as preflight
     from isograd._recorded import diagnose as diagnose
     from isograd._recorded import open_run as open_run
@@ -29,13 +31,17 @@ if TYPE_CHECKING:
     from isograd._rule import Rule as Rule
     from isograd._runs import Run as Run
     from isograd._treat import treat as treat
+    from isograd._verify import Effect as Effect
+    from isograd._verify import Verdict as Verdict
     from isograd._watch import Watch as Watch
     from isograd._watch import watch as watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CannotApply",
     "Diagnosis",
+    "Effect",
     "Evidence",
     "Finding",
     "History",
@@ -49,17 +55,21 @@ __all__ = [
     "Treatment",
     "UnhealthyRun",
     "UnknownName",
+    "Verdict",
     "Watch",
     "__version__",
     "diagnose",
     "open_run",
     "preflight",
     "treat",
+    "verify",
     "watch",
 ]
 
 _HOME = {
+    "CannotApply": "_changes",
     "Diagnosis": "_diagnose",
+    "Effect": "_verify",
     "Evidence": "_rule",
     "Finding": "_rule",
     "History": "_history",
@@ -73,11 +83,13 @@ _HOME = {
     "Treatment": "_remedy",
     "UnhealthyRun": "_errors",
     "UnknownName": "_errors",
+    "Verdict": "_verify",
     "Watch": "_watch",
     "diagnose": "_recorded",
     "open_run": "_recorded",
     "preflight": "_preflight",
     "treat": "_treat",
+    "verify": "_paired",
     "watch": "_watch",
 }
 

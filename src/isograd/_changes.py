@@ -18,9 +18,19 @@ NormalizationKind = Literal["batch", "layer", "group", "rms"]
 ShortcutKind = Literal["residual", "rezero", "dense"]
 
 
-def _check_positive(what: str, limit: float) -> None:
-    if not 0 < limit < float("inf"):
-        raise ValueError(f"the limit of the {what} must be a finite number above 0, not {limit!r}")
+def _check_positive(what: str, number: float) -> None:
+    if not 0 < number < float("inf"):
+        raise ValueError(f"the {what} must be a finite number above 0, not {number!r}")
+
+
+def _check_not_negative(what: str, number: float) -> None:
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"the {what} must be a finite number of 0 or more, not {number!r}")
+
+
+def _check_count(what: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"the number of {what} must be 1 or more, not {count!r}")
 
 
 class CannotApply(Exception):
@@ -41,6 +51,12 @@ class SetHyperparameter:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.factor is None):
             raise ValueError(f"{self.name}: give either a value or a factor")
+        if self.factor is not None:
+            _check_not_negative(f"factor on {self.name}", self.factor)
+        if self.value is not None:
+            _check_not_negative(self.name, self.value)
+            if self.name in ("beta1", "beta2") and self.value >= 1:
+                raise ValueError(f"{self.name} must be below 1, not {self.value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +70,9 @@ class ScheduleLearningRate:
     shape: ScheduleShape
     steps: int
     end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_count("steps of a schedule", self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +89,9 @@ class ClipGradients:
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive(self.method, self.limit)
+        _check_positive(f"limit of clipping by {self.method}", self.limit)
+        if self.method == "percentile" and self.limit > 100:
+            raise ValueError(f"a percentile is at most 100, not {self.limit!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +101,7 @@ class ClampWeights:
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive("weight", self.limit)
+        _check_positive("limit of a weight", self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +110,10 @@ class PenalizeWeights:
 
     l1: float = 0.0
     l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative("weight of the L1 penalty", self.l1)
+        _check_not_negative("weight of the L2 penalty", self.l2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +135,7 @@ class ClipUpdates:
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("update", self.limit)
+        _check_positive("limit of an update", self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +179,9 @@ class StandardizeInputs:
 
     batches: int = 8
 
+    def __post_init__(self) -> None:
+        _check_count("batches", self.batches)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StandardizeTargets:
@@ -161,12 +189,19 @@ class StandardizeTargets:
 
     batches: int = 8
 
+    def __post_init__(self) -> None:
+        _check_count("batches", self.batches)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveOutputActivation:
-    """Pass through what the output activation of kind `kind` would have changed: the loss applies it, or needs none."""
+    """Pass through what the output activation of kind `kind` would have changed: the loss applies it, or needs none.
+
+    `target`: "sigmoid" or "softmax" (over classes) in its place, where the loss takes probabilities.
+    """
 
     kind: str
+    target: Literal["identity", "sigmoid", "softmax"] = "identity"
 
 
 @dataclass(frozen=True, kw_only=True)

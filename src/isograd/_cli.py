@@ -137,7 +137,13 @@ def _changes_of(texts: Sequence[str], script: str, settings: Settings) -> tuple[
         if len(whys) == len(attempts):
             unseen = "" if seen else f" isograd has not seen {script} train yet: run it once without --apply."
             raise IsogradError(f"{remedy} has no place here: {whys[0]}{unseen}")
-        found += [change for attempt in attempts if not isinstance(attempt, str) for change in attempt]
+        wanted = [change for attempt in attempts if not isinstance(attempt, str) for change in attempt]
+        if not wanted:
+            why = (
+                "is advice that only a human can follow" if remedy.applicability == "advice" else "changes nothing here"
+            )
+            raise IsogradError(f"{remedy} {why}: isograd explain {remedy.remedy_name()} tells more.")
+        found += wanted
     return tuple(dict.fromkeys(found))
 
 
@@ -149,6 +155,8 @@ def _resolved(remedy: Remedy, history: History) -> tuple[Change, ...] | str:
         return remedy.changes(history)
     except Inapplicable as why:
         return str(why)
+    except ValueError as error:
+        raise IsogradError(f"{remedy}: {error}.") from None
 
 
 def _parsed(parse: Callable[[str], Remedy], text: str) -> Remedy:

@@ -1,6 +1,6 @@
 """`isograd demo`: a guided tour on real data. It runs two small programs of its own through the command line.
 
-What it prints about them is what `isograd run` says of any script; nothing here knows the outcome.
+What it prints about them is what `isograd run` and `isograd fix` say of any script; nothing here knows the outcome.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from rich.text import Text
 
 from isograd._chart import depth_profile
 from isograd._errors import IsogradError
+from isograd._fix import Fix, fix
 from isograd._recorded import diagnose, open_run
 from isograd._runs import list_runs
 from isograd._settings import load_settings
 from isograd._terminal import show
+from isograd._trial import Program
+from isograd._trial_progress import StageProgress
+from isograd._trial_table import FixTable
 
 _PROGRAMS = Path(__file__).parent / "demo"
 _SICK, _HEALTHY = _PROGRAMS / "deep_sigmoid.py", _PROGRAMS / "deep_relu.py"
 
 
 def tour() -> int:
-    """Run both programs, with what isograd says of each; 0 if it tells the sick one from the healthy one.
+    """Run both programs, with what isograd says of each, and cure the sick one.
+
+    Returns 0 if it tells the sick one from the healthy one and finds a treatment that was verified to help.
 
     Raises IsogradError where the tour cannot begin.
     """
@@ -50,8 +56,24 @@ def tour() -> int:
     healthy = _run(_HEALTHY)
     for history in open_run(healthy).histories:
         _tell(Padding(depth_profile(history) or Text(), (0, 0, 0, 2)))
-    _tell(_title("3  Your turn"), _next_commands(sick), f"The tour took {time.monotonic() - started:.0f} s.")
-    return 0 if not diagnose(sick).healthy and diagnose(healthy).healthy else 1
+    _tell(
+        _title("3  What would cure it"),
+        "The whole catalogue, tried side by side on the sick program, the best of it on seeds of its own:",
+        Text(f"$ isograd fix --all {_SICK.name}", style="bold"),
+    )
+    found = _treated(_SICK)
+    _tell(FixTable(fix=found))
+    if found.best is not None:
+        _tell(_title("4  The cure"), "The same program, unchanged, treated from outside:")
+        _run(_SICK, *(part for text in found.trials[found.best].treatment.texts for part in ("--apply", text)))
+    _tell(_title("5  Your turn"), _next_commands(sick), f"The tour took {time.monotonic() - started:.0f} s.")
+    told_apart = not diagnose(sick).healthy and diagnose(healthy).healthy
+    return 0 if told_apart and found.best is not None else 1
+
+
+def _treated(program: Path) -> Fix:
+    with StageProgress(sys.stderr) as progress:
+        return fix(Program(args=(str(program),)), every=True, report=progress.report)
 
 
 def _check_installed() -> None:
@@ -61,14 +83,14 @@ def _check_installed() -> None:
         raise IsogradError("ISOGRAD=off switches everything off, the demo included: unset it.")
 
 
-def _run(program: Path) -> Path:
+def _run(program: Path, *options: str) -> Path:
     """`isograd run program`, speaking for itself on this terminal; returns the folder of its run."""
     root = load_settings().out
     before = {run.id for run in list_runs(root)}
-    _tell(Text(f"$ isograd run {program.name}", style="bold"))
+    _tell(Text(" ".join(["$ isograd run", *options, program.name]), style="bold"))
     # Matrices of 64 x 64 gain nothing from a second thread, and lose much where another program uses the other core.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    status = subprocess.call([sys.executable, "-m", "isograd", "run", str(program)], env=environment)
+    status = subprocess.call([sys.executable, "-m", "isograd", "run", *options, str(program)], env=environment)
     new = [run.id for run in list_runs(root) if run.id not in before and Path(run.script).name == program.name]
     if status != 0 or not new:
         raise IsogradError(
@@ -89,6 +111,7 @@ def _next_commands(sick: Path) -> RenderableType:
         f"isograd explain {first}": "what it means and how it is decided",
         f"isograd diagnose {sick.name} -v": "the first run again, everything told",
         "isograd ls": "all runs",
+        "isograd fix train.py": "your own script: what helps it, measured",
         "isograd run train.py": "your own script, unchanged",
     }
     return Group(*(Text(f"  {command}\n      {meaning}") for command, meaning in commands.items()))

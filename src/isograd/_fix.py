@@ -5,14 +5,15 @@
    untreated program once more, which tells what chance alone does. They come in waves, the likeliest first, until one
    has resolved its cause.
 3. *Verification*: the best of them run on other seeds, paired with untreated runs, for half of the run, and for the
-   whole where that does not decide. Only this counts, so that luck in the screening does not. If the best improves
-   without resolving, it is tried together with the second.
+   whole where that does not decide. Only this counts, so that luck in the screening does not. If the best leaves
+   causes, it is tried together with the best for one of them.
 
 Screening and verification are successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943) with two rungs.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
@@ -35,6 +36,8 @@ WAVE = 3
 what helps, the whole search takes three times the time of the program: 1 + 4/4/2 + 6/2/2."""
 
 FINALISTS = 2
+"""Verified at most, the second where the first does not resolve its cause; where everything is tried, three are."""
+
 SHARE = 4
 """Screening runs for a quarter of the steps, unless the fault shows later."""
 
@@ -165,11 +168,11 @@ class Search:
         )
         tried = _compared(again, waves[0], arms)
         for wave in waves[1:]:
-            if any(all(_promise(one)[:2]) for one in tried):
+            if any(all(_promise(one)) for one in tried):
                 break
             tried += _compared(again, wave, self._arms("trying treatments", self._screening(wave, steps, subject)))
         noise = abs(compare([_cut(first, steps)], [again]).effect.value)
-        return sorted(tried, key=_promise, reverse=True), noise
+        return _ranked(tried), noise
 
     def _screening(self, wave: Sequence[Treatment], steps: int, subject: str) -> list[Trial]:
         return [self._trial(changes=t.changes, steps=steps, subject=subject) for t in wave]
@@ -178,7 +181,8 @@ class Search:
         steps = self._verification_steps(first)
         fix = replace(fix, steps=steps)
         chance = max(MATTERS, 2 * fix.noise)
-        finalists = [t for t in fix.trials if _is_promising(t, chance)][:FINALISTS]
+        promising = {t.treatment.remedies[0].remedy_name(): t for t in reversed(fix.trials) if _is_promising(t, chance)}
+        finalists = [t for t in fix.trials if t in promising.values()][: FINALISTS + self.every]
         if not finalists:
             return
         fix = yield from self._verify_at(fix, finalists, subject, steps)
@@ -199,9 +203,10 @@ class Search:
         before, after = arms[: self.seeds], arms[self.seeds :]
         fix = _with(fix, self._tried(waiting.pop(0), before, after))
         yield fix
-        if waiting and fix.trials[0].verdict.outcome == "improved":
-            waiting.insert(0, combine(fix.trials[0].treatment, waiting[0]))
-        while waiting and fix.trials[0].verdict.outcome != "resolved":
+        partner = _partner(fix)
+        if partner is not None:
+            waiting.insert(0, combine(fix.trials[0].treatment, partner.treatment))
+        while waiting and (self.every or not _is_cure(fix.trials[0])):
             treatment = waiting.pop(0)
             fix = _with(fix, self._tried(treatment, before, self._arms("verifying", trials(treatment))))
             yield fix
@@ -288,23 +293,56 @@ def _cut(arm: Arm, steps: int) -> Arm:
     return replace(arm, losses=arm.losses[:steps], error="")
 
 
-def _promise(tried: Tried) -> tuple[bool, bool, float, float]:
-    """What resolves its cause without harm comes first, then what lowers the loss most, then what was likely to."""
+def _ranked(tried: Sequence[Tried]) -> list[Tried]:
+    """What resolves its cause without harm comes first, then what lowers the loss.
+
+    Effects of half the largest and more count as equal, and what treats the cause best goes first: a short run favors
+    whatever starts fastest.
+    """
+    largest = max((one.verdict.effect.value for one in tried if math.isfinite(one.verdict.effect.value)), default=0.0)
+
+    def order(one: Tried) -> tuple[bool, bool, bool, float, float]:
+        effect = one.verdict.effect.value
+        cured, matters = _promise(one)
+        return cured, matters, matters and effect >= largest / 2, one.treatment.score, effect
+
+    return sorted(tried, key=order, reverse=True)
+
+
+def _promise(tried: Tried) -> tuple[bool, bool]:
+    """Whether its cause is gone without harm, and whether the loss is lower by what matters."""
+    effect = tried.verdict.effect.value
     cured = tried.treatment.cause in tried.verdict.resolved
-    matters = tried.verdict.effect.value >= MATTERS
-    harmless = tried.verdict.outcome != "worse" and tried.verdict.effect.value > -MATTERS
-    return cured and harmless, matters, tried.verdict.effect.value if matters else 0.0, tried.treatment.score
+    harmless = tried.verdict.outcome != "worse" and effect > -MATTERS
+    return cured and harmless, effect >= MATTERS
 
 
 def _is_promising(tried: Tried, chance: float) -> bool:
     """Worth more runs: better than chance, or free of its cause while the harm has not shown in the loss yet."""
-    cured, matters, *_ = _promise(tried)
+    cured, matters = _promise(tried)
     return cured or (matters and tried.verdict.effect.value >= chance)
+
+
+def _is_cure(tried: Tried) -> bool:
+    """Whether nothing is left to treat."""
+    return tried.verdict.outcome == "resolved" and not tried.verdict.remaining
+
+
+def _partner(fix: Fix) -> Tried | None:
+    """What to add to the first treatment where it helps and leaves causes: the best for one of them, or the second."""
+    first, *rest = fix.trials
+    if not first.recommended or _is_cure(first):
+        return None
+    others = [t for t in rest if t.treatment.remedies[0].remedy_name() != first.treatment.remedies[0].remedy_name()]
+    suited = [t for t in others if t.treatment.cause in first.verdict.remaining]
+    return next((t for t in (*suited, *others) if t.verdict.outcome != "worse"), None)
 
 
 def _with(fix: Fix, tried: Tried) -> Fix:
     """The state with one more verified treatment: recommended ones first, by the low end of their effect."""
     rest = [t for t in fix.trials if str(t.treatment) != str(tried.treatment)]
     verified = [t for t in rest if t.verified] + [tried]
-    verified.sort(key=lambda t: (t.verdict.outcome == "resolved", t.recommended, t.verdict.effect.low), reverse=True)
+    verified.sort(
+        key=lambda t: (_is_cure(t), t.verdict.outcome == "resolved", t.recommended, t.verdict.effect.low), reverse=True
+    )
     return replace(fix, trials=(*verified, *(t for t in rest if not t.verified)))

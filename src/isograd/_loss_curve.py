@@ -55,6 +55,11 @@ class LossCurve:
         return max(abs(self.start), self.noise if np.isfinite(self.noise) else 0.0, 1e-12)
 
     @property
+    def reach(self) -> float:
+        """What a rise is compared with: the scale or, where zero is no floor, how far below zero the loss went."""
+        return max(self.scale, -self.lowest)
+
+    @property
     def share(self) -> float:
         """The fall from start to end in units of the scale; negative when the loss rose."""
         return (self.start - self.end) / self.scale

@@ -57,8 +57,12 @@ def may_recur(layer: Layer) -> bool:
 
 
 def _lost(signal: Floats) -> float:
-    """Slope x length; exact zeros, where the signal has underflown, count as the smallest float32."""
-    logs = log10_positive(np.where(signal == 0, 1e-45, signal))
+    """Slope x length; exact zeros, where the signal has underflown, count as the smallest float32.
+
+    Zeros behind the last call with a signal have not underflown: the loss does not ask those calls.
+    """
+    asked = np.arange(len(signal)) < np.max(np.flatnonzero(signal > 0), initial=-1)
+    logs = log10_positive(np.where((signal == 0) & asked, 1e-45, signal))
     if np.sum(np.isfinite(logs)) < 3:
         return float("nan")
     return theil_sen(np.arange(len(logs)), logs) * (len(logs) - 1)

@@ -5,8 +5,10 @@ It decides nothing: every number here stands in a `Diagnosis`, a `History` or a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -16,7 +18,7 @@ from rich.text import Text
 
 from isograd._chart import Sparkline, depth_profile, number
 from isograd._diagnose import Cause, Diagnosis
-from isograd._history import History
+from isograd._history import Event, History
 from isograd._remedy import Treatment
 from isograd._rule import LEVELS, Evidence, Finding
 from isograd._runs import RunSummary
@@ -188,13 +190,59 @@ class Verdict:
 
 
 def _happenings(history: History) -> Iterator[str]:
-    """What ended the run or the watching early, in words."""
+    """What was changed while the program ran, and what ended the run or the watching early, in words."""
+    yield from _interventions(history)
     for event in history.events_of("exception"):
         yield f"  The script raised {event.data.get('type', 'an exception')} at step {event.step}."
     for event in history.events_of("interrupted"):
         yield f"  The run was interrupted at step {event.step}."
     for event in history.events_of("watch-detached"):
         yield f"  Watching stopped at step {event.step}: {event.data.get('message', 'isograd failed')}"
+
+
+def _interventions(history: History) -> Iterator[str]:
+    """Changes applied, refused and undone, each once; a change of several optimizers is one, from the first on."""
+    told: set[str] = set()
+    for event in history.events:
+        line = _intervention(event)
+        if line is not None and line[1] not in told:
+            told.add(line[1])
+            yield "  " + " ".join(line)
+        if event.kind == "treatment-undone":
+            told.clear()  # it may be applied once more
+    skipped = [event.step for event in history.events_of("bad-step-skipped")]
+    if skipped:
+        steps = "step" if len(skipped) == 1 else f"{len(skipped)} steps, the first"
+        yield f"  Skipped: {steps} {skipped[0]}, for gradients with NaN or Inf."
+
+
+def _intervention(event: Event) -> tuple[str, str] | None:
+    """(when, what) of a change applied, refused or undone; None for any other event."""
+    match event.kind:
+        case "treatment-applied":
+            detail = f", {event.data['detail']}" if event.data.get("detail") else ""
+            return f"Applied from step {event.step} on:", f"{_change(event.data.get('change', {}))}{detail}."
+        case "treatment-refused":
+            return f"Not applied (step {event.step}):", str(event.data.get("why", ""))
+        case "treatment-undone":
+            left = " ".join(map(str, event.data.get("left", ()))) or "Nothing of it stays."
+            return f"Undone at step {event.step}.", left
+    return None
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    """`ClipGradients` with its fields is `clip gradients (method norm, limit 1)`."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(change.get("change", "a change"))).lower()
+    given = [f"{k} {_field(v)}" for k, v in change.items() if k != "change" and v not in (None, "", (), [])]
+    return f"{words} ({', '.join(given)})" if given else words
+
+
+def _field(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return _listed([" ".join(map(_field, v)) if isinstance(v, (list, tuple)) else _field(v) for v in value], 3)
+    return str(value)
 
 
 def _measured(evidence: Evidence) -> str:

@@ -40,7 +40,9 @@ _CATALOG = (
         tier="cheap",
         unit="loss",
         meaning="The tensor that `backward` was called on, averaged over the backward passes of the step and, "
-        "under data parallelism, over ranks. NaN when it is not finite: see `loss_nonfinite`.",
+        "under data parallelism, over ranks. Passes through `torch.autograd.grad` count in steps without another. Of "
+        "a step with a closure, what was evaluated at its first weights. NaN when it is not finite: see "
+        "`loss_nonfinite`.",
     ),
     Statistic(
         name="loss_nonfinite",
@@ -76,7 +78,7 @@ _CATALOG = (
         axis="step",
         tier="cheap",
         unit="count",
-        meaning="Backward passes since the previous optimizer step.",
+        meaning="Backward passes since the previous optimizer step: those that `loss` averages.",
     ),
     Statistic(
         name="loss_scale",

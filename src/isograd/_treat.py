@@ -80,7 +80,9 @@ def parse(text: str) -> Remedy:
 
 def _option(name: str, part: str, defaults: Mapping[str, Any]) -> tuple[str, Any]:
     key, equals, value = (piece.strip() for piece in part.partition("="))
-    if key not in defaults or not equals:
+    if key in defaults and not equals:
+        raise ValueError(f"{name}: write option=value, as in {key}={defaults[key]}")
+    if key not in defaults:
         known = ", ".join(defaults) or "none"
         raise ValueError(f"{name} has no option {key!r}: write option=value; its options are {known}")
     kind = type(defaults[key])

@@ -24,7 +24,6 @@ import numpy as np
 
 from isograd._changes import Change
 from isograd._diagnose import Diagnosis
-from isograd._history import Floats, History
 from isograd._recorded import diagnose_run
 from isograd._rule import Options
 from isograd._runs import list_runs, read_run
@@ -79,28 +78,7 @@ def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
     run = read_run(runs[-1].path)
     diagnosis = diagnose_run(run, options)
     history = next((h for h in run.histories if h.subject == trial.subject), run.histories[0])
-    return Arm(
-        seed=trial.seed,
-        losses=losses_of(history),
-        diagnosis=diagnosis,
-        error=error,
-        step_seconds=_median(history, "step_seconds"),
-    )
-
-
-def losses_of(history: History) -> Floats:
-    """The loss of each step from 0 on; NaN where it was not finite or not read."""
-    losses = np.full(history.num_steps, np.nan)
-    if "loss" in history.series:
-        series = history.series["loss"]
-        losses[series.steps] = series.values
-    return losses
-
-
-def _median(history: History, statistic: str) -> float:
-    values = history.series[statistic].values if statistic in history.series else np.empty(0)
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else float("nan")
+    return Arm.of(history, diagnosis, seed=trial.seed, error=error)
 
 
 # ---- the process ------------------------------------------------------------------------------------------------

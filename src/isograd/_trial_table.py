@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from isograd._chart import number
-from isograd._fix import Fix, Tried
+from isograd._fix import Fix
 from isograd._terminal import is_plain, said
-from isograd._verify import Effect
+
+WIDE = 100
+"""Columns from which a line has room for everything."""
 
 _STYLES = {"resolved": "bold green", "improved": "green", "worse": "red", "no-effect": "dim", "inconclusive": ""}
 
@@ -28,26 +30,30 @@ class FixTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = is_plain(console, options)
         if self.fix.trials:
-            yield self._table(plain)
+            yield self._table(plain, narrow=options.max_width < WIDE)
             yield Text()
         yield said(self._outcome(), plain=plain)
         if self.fix.best is not None:
             yield Text()
             yield Padding(Text(self.fix.trials[self.fix.best].treatment.code), (0, 0, 0, 2))
 
-    def _table(self, plain: bool) -> Table:
+    def _table(self, plain: bool, *, narrow: bool) -> Table:
+        """`narrow`: options and intervals have lines of their own, and pairs no column."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("treatment", overflow="fold")
-        for name in ("untreated", "treated", "effect", "pairs", "s"):
+        for name in ("before", "after", "effect", *(() if narrow else ("pairs",)), "s"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("outcome", no_wrap=True)
         for tried in self.fix.trials:
             outcome = tried.verdict.outcome if tried.verified or tried.verdict.outcome == "worse" else "tried once"
+            name, effect = str(tried.treatment), str(tried.verdict.effect)
+            if narrow:
+                name, effect = _broken(tried.treatment.texts), effect.replace(" [", "\n[")
             table.add_row(
-                str(tried.treatment),
-                *(number(end) if math.isfinite(end) else "-" for end in _ends(tried)),
-                said(effect_text(tried.verdict.effect), plain=plain),
-                str(tried.verified or 1),
+                name,
+                *(number(end) if math.isfinite(end) else "-" for end in tried.verdict.means),
+                said(effect, plain=plain),
+                *(() if narrow else (str(tried.verified or 1),)),
                 f"{tried.seconds:.1f}",
                 Text(outcome, style=_STYLES.get(outcome, "dim")),
             )
@@ -67,24 +73,13 @@ class FixTable:
         confirmed = f" This confirms {', '.join(fix.confirmed)}." if fix.confirmed else ""
         return (
             f"{best.treatment} {_DID[best.verdict.outcome]} on {best.verified} pairs of runs of {fix.steps} steps: "
-            f"effect {effect_text(best.verdict.effect)} of the progress made.{confirmed} The code:"
+            f"effect {best.verdict.effect} of the progress made.{confirmed} The code:"
         )
 
 
+def _broken(texts: Sequence[str]) -> str:
+    """Each remedy on a line, and each of its options."""
+    return "\n+ ".join(text.replace(":", "\n  ").replace(",", "\n  ") for text in texts)
+
+
 _DID = {"resolved": "resolved it", "improved": "improved it without resolving all of it"}
-
-
-def effect_text(effect: Effect) -> str:
-    """`+0.93 [+0.88, +0.97]`; the value alone where one pair gives no interval."""
-    if not math.isfinite(effect.value):
-        return "-"
-    value = f"{effect.value:+.2f}"
-    return f"{value} [{effect.low:+.2f}, {effect.high:+.2f}]" if math.isfinite(effect.low) else value
-
-
-def _ends(tried: Tried) -> tuple[float, float]:
-    """Mean end of the untreated and of the treated runs."""
-    ends = tried.verdict.ends
-    if not ends:
-        return math.nan, math.nan
-    return sum(a for a, _ in ends) / len(ends), sum(b for _, b in ends) / len(ends)

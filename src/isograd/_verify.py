@@ -1,8 +1,9 @@
 """Did it help? The verdict on a treatment from paired runs of the same program, with and without it.
 
 Each seed gives a pair: the untreated run and the treated one, at equal steps, judged by the program's own loss. A
-pair's *start* is the lower of its two first losses: what a treatment of the data or the initialization removes before
-anything is learned (a first loss of thousands from unscaled inputs) is no progress, and does not dwarf what is. A run's
+pair's *start* is the lower of what its two runs begin with (medians of their first twentieth): what a treatment of the
+data or the initialization removes before anything is learned (losses of thousands from unscaled inputs) is no progress,
+and does not dwarf what is. A run's
 *end* is the mean loss of its last quarter, where a step above the start, or without a finite loss, counts as the start:
 a spike is lost progress, however high. The *effect* of a pair is
 
@@ -27,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isograd._diagnose import Diagnosis
+from isograd._history import History
+from isograd._robust import median
 
 Outcome = Literal["resolved", "improved", "no-effect", "worse", "inconclusive"]
 
@@ -52,6 +55,15 @@ class Arm:
     seconds: float = math.nan
     step_seconds: float = math.nan
 
+    @classmethod
+    def of(cls, history: History, diagnosis: Diagnosis, *, seed: int, error: str = "") -> Arm:
+        """A recorded run: the losses of one subject from step 0 on, and what was found in all of them."""
+        losses = np.full(history.num_steps, np.nan)
+        if "loss" in history:
+            losses[history["loss"].steps] = history["loss"].values
+        seconds = median(history["step_seconds"].values) if "step_seconds" in history else math.nan
+        return cls(seed=seed, losses=losses, diagnosis=diagnosis, error=error, step_seconds=seconds)
+
     @property
     def steps(self) -> int:
         """Optimizer steps seen."""
@@ -66,6 +78,12 @@ class Effect:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """`+0.93 [+0.88, +0.97]`; the value alone where one pair gives no interval."""
+        if not math.isfinite(self.value):
+            return "-"
+        return f"{self.value:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if math.isfinite(self.low) else "")
+
     def to_dict(self) -> dict[str, float | None]:
         """JSON values: an end that is not finite is null."""
         return {
@@ -78,14 +96,16 @@ class Effect:
 class Verdict:
     """What the pairs say. `ends`: (untreated, treated) per seed, in the loss's own unit.
 
-    `resolved`: causes at warning or above of every untreated run that no treated run has; `introduced`: causes that a
-    treated run has and no untreated one. `time_ratio`: time of a step with the treatment over without.
+    `resolved`: causes at warning or above of every untreated run that no treated run has; `remaining`: those that every
+    untreated and some treated run has; `introduced`: causes that a treated run has and no untreated one. `time_ratio`:
+    time of a step with the treatment over without.
     """
 
     outcome: Outcome
     effect: Effect
     ends: tuple[tuple[float, float], ...] = ()
     resolved: tuple[str, ...] = ()
+    remaining: tuple[str, ...] = ()
     introduced: tuple[str, ...] = ()
     time_ratio: float = math.nan
     why: str = field(default="", compare=False)
@@ -95,6 +115,24 @@ class Verdict:
         """Whether it may be recommended: better than doing nothing, by more than chance."""
         return self.outcome in ("resolved", "improved")
 
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean end of the untreated and of the treated runs; NaN without pairs."""
+        before, after = zip(*self.ends, strict=True) if self.ends else ((math.nan,), (math.nan,))
+        return sum(before) / len(before), sum(after) / len(after)
+
+    def __str__(self) -> str:
+        before, after = self.means
+        told = {"resolved": self.resolved, "remaining": self.remaining, "introduced": self.introduced}
+        pairs = f"{len(self.ends)} pair{'s' * (len(self.ends) != 1)} of runs"
+        losses = f"loss {before:.4g} untreated, {after:.4g} treated"
+        parts = [
+            f"{self.outcome} on {pairs}: {losses}, effect {self.effect} of the progress made.",
+            *(f"{word.capitalize()}: {', '.join(names)}." for word, names in told.items() if names),
+            *([f"{self.why[0].upper()}{self.why[1:]}."] if self.why else []),
+        ]
+        return " ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """The verdict's part of `fix --json`."""
         baseline, treated = zip(*self.ends, strict=True) if self.ends else ((), ())
@@ -103,6 +141,7 @@ class Verdict:
             "loss": {"baseline": [_or_none(x) for x in baseline], "treated": [_or_none(x) for x in treated]},
             "effect": self.effect.to_dict(),
             "resolved": list(self.resolved),
+            "remaining": list(self.remaining),
             "introduced": list(self.introduced),
             "why": self.why,
         }
@@ -123,6 +162,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
     before = [_alarms(a.diagnosis) for a, _ in pairs]
     after = [_alarms(b.diagnosis) for _, b in pairs]
     resolved = set[str].intersection(*before) - set[str]().union(*after)
+    remaining = set[str].intersection(*before) - resolved
     introduced = set[str]().union(*after) - set[str]().union(*before)
     failed = [b for _, b in pairs if b.error and not any(a.error == b.error for a, _ in pairs)]
     outcome = "worse" if failed else _outcome(effect)
@@ -134,6 +174,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
         effect=effect,
         ends=tuple(ends),
         resolved=tuple(sorted(resolved)),
+        remaining=tuple(sorted(remaining)),
         introduced=tuple(sorted(introduced)),
         time_ratio=float(np.median(times)) if times else math.nan,
         why=f"the treated program fails: {failed[0].error}" if failed else "",
@@ -179,9 +220,14 @@ def _common_steps(a: Arm, b: Arm) -> int:
 
 
 def _start(*arms: Arm) -> float:
-    """The lower of the first finite losses; 0 where there is none: such a pair shows no progress."""
-    known = (arm.losses[np.isfinite(arm.losses)] for arm in arms)
-    return min((float(losses[0]) for losses in known if len(losses)), default=0.0)
+    """The lower of what the runs begin with; 0 where no loss is finite: such a pair shows no progress.
+
+    Medians of a twentieth of the steps: the loss of one small batch may be anything.
+    """
+    early = (arm.losses[: max(1, arm.steps // 20)] for arm in arms)
+    return min(
+        (float(np.median(losses[np.isfinite(losses)])) for losses in early if np.isfinite(losses).any()), default=0.0
+    )
 
 
 def _end(arm: Arm, steps: int, start: float) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from isograd._changes import Change
+from isograd._changes import CannotApply, Change
 from isograd._diagnose import Diagnosis, diagnose
 from isograd._errors import RunNotFound
 from isograd._history import Event, History
@@ -157,14 +157,26 @@ class Watch:
     # ---- treating -----------------------------------------------------------------------------------------------
 
     def apply(self, treatment: Treatment | Change | Sequence[Change]) -> Callable[[], tuple[str, ...]]:
-        """Change the running program, from the next backward pass and step on.
+        """Change the running program, from the next forward pass on: its optimizers and models, or those being watched.
 
-        Returns how to undo it: a function that puts everything back and returns a sentence for whatever stays changed
-        (weights that have trained under it do). Both are events in the run file. Raises CannotApply, with nothing
-        changed, where the program has no place for it.
+        Returns `undo`, which takes it back at any later time, in any order. What acts at backward passes and steps
+        (clipping, rates, schedules, penalties, scaling, zeroing, skipping) leaves no trace: with weights and optimizer
+        state as they were, training goes on in the same bits as without it. What stays is returned by `undo()`, a
+        sentence each, and nothing where no step has been taken: weights that were drawn anew are not drawn back, and
+        weights that were trained with another activation, normalization, shortcut or scale of the data were trained so.
+
+        Everything done and undone is an event of the run file ("treatment-applied", "treatment-undone",
+        "bad-step-skipped"). What only a forward pass shows to have no place (a function that is never called) is taken
+        back before the next step and said on stderr ("treatment-refused"). When the watch is closed, what acts at steps
+        ends, and models stay as they are until `undo()`.
+
+        Raises CannotApply, a sentence, with nothing changed, where the program has no place for one of the changes,
+        and where the watch is closed.
         """
         from isograd.frameworks.torch import Applier
 
+        if not self._is_open:
+            raise CannotApply("This run is over: there is nothing to change any more.")
         changes = treatment.changes if isinstance(treatment, Treatment) else treatment
         models, optimizers = self._things
         applier = Applier(
@@ -174,6 +186,7 @@ class Watch:
             models=models,
             optimizers=optimizers,
         )
+        self._shield.call(self._observer.settle)
         applier.adopt_running()
         applier.listen()
         applier.listen_last()
@@ -181,6 +194,7 @@ class Watch:
         self._shield.call(self._observer.redescribe)
 
         def undo() -> tuple[str, ...]:
+            self._shield.call(self._observer.settle)
             left = applier.undo()
             self._shield.call(self._observer.redescribe)
             return left

@@ -1003,27 +1003,32 @@ def test_tensors_packed_for_an_earlier_step_are_not_unpacked(watch):
 
 
 def test_a_line_search_is_one_step(watch):
-    """LBFGS evaluates its closure several times: one step, with as many micro-batches, gradients of the last one."""
+    """LBFGS evaluates its closure several times: one step, with the loss of the first and the gradients of the last."""
     model = nn.Linear(4, 1)
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
     x, y = torch.randn(8, 4), torch.randn(8, 1)
-    count = 0
+    losses, count = [], 0
 
     def closure():
         nonlocal count
         count += 1
         optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
+        for half in (x[:4], y[:4]), (x[4:], y[4:]):
+            loss = F.mse_loss(model(half[0]), half[1]) / 2
+            loss.backward()
+            losses.append(loss.item())
         return loss
 
     with watch(model, optimizer) as run:
+        starts = []
         for _ in range(3):
+            starts.append(len(losses))
             optimizer.step(closure)
     history = only(run)
 
-    assert 3 == history.num_steps
-    assert count == history["micro_batches"].values.sum()
+    assert 3 == history.num_steps < count
+    assert [sum(losses[start : start + 2]) / 2 for start in starts] == pytest.approx(history["loss"].values, rel=1e-6)
+    assert [2, 2, 2] == history["micro_batches"].values.tolist()
     assert norm_of(*(p.grad for p in model.parameters())) == pytest.approx(
         history["global_grad_norm"].values[-1], rel=1e-5
     )

@@ -1,5 +1,7 @@
 """Weights drawn afresh, against closed forms and measured signals."""
 
+import copy
+import io
 import math
 from contextlib import contextmanager
 
@@ -12,10 +14,16 @@ from isograd import _changes as changes
 from isograd.frameworks.torch import Applier, initialize
 from isograd.frameworks.torch._initialization import critical_variances
 
+APPLIED = []
+
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """What a test has applied is undone when it is over: weights stay drawn, nothing goes on listening."""
     torch.manual_seed(0)
+    yield
+    while APPLIED:
+        APPLIED.pop().undo()
 
 
 @contextmanager
@@ -23,11 +31,9 @@ def treated(*wanted):
     """A program in which these changes are applied; yields (undo, refusals)."""
     refusals = []
     applier = Applier(wanted, on_event=lambda kind, data: None, on_refusal=refusals.append)
+    APPLIED.append(applier)
     applier.listen()
-    try:
-        yield applier.undo, refusals
-    finally:
-        applier.stop()
+    yield applier.undo, refusals
 
 
 def plain(depth, width, activation):
@@ -285,3 +291,39 @@ def test_a_model_can_be_initialized_without_a_run():
     weights, biases = critical_variances("gelu")
     assert pytest.approx(weights / 200, rel=0.05) == float(model[0].weight.detach().var())
     assert pytest.approx(biases, rel=0.4) == float(model[0].bias.detach().var())
+
+
+@pytest.mark.parametrize("method", ["kaiming", "lsuv"])
+def test_a_model_that_was_initialized_holds_nothing_of_ours_after_its_first_batch(method):
+    """No hook stays, and no attribute."""
+    model = plain(2, 8, nn.Tanh)
+    before = [sorted(vars(module)) for module in model.modules()]
+    initialize(model, method)
+    model(torch.randn(4, 8))
+    assert [sorted(vars(module)) for module in model.modules()] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_method_that_does_not_fit_leaves_the_model_as_it_was():
+    """No hook stays where there is nothing recurrent."""
+    model = plain(2, 8, nn.Tanh)
+    with pytest.raises(changes.CannotApply, match="recurrent"):
+        initialize(model, "chrono")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_copy_made_before_the_first_batch_is_a_model_of_its_own():
+    """It computes with its own weights, and its pickle holds nothing of ours."""
+    model = plain(2, 8, nn.Tanh)
+    x = torch.randn(64, 8)
+    with treated(changes.ReinitializeLayers(method="lsuv")):
+        torch.optim.SGD(model.parameters(), lr=0.0)
+        twin = copy.deepcopy(model).eval()
+        drawn = twin(x)
+        model(x)
+        assert torch.equal(drawn, twin(x))
+        buffer = io.BytesIO()
+        torch.save(twin, buffer)
+    buffer.seek(0)
+    assert b"isograd" not in buffer.getvalue()
+    assert torch.equal(drawn, torch.load(buffer, weights_only=False)(x))

@@ -1,5 +1,7 @@
 """What the observer reads from the graph of a loss: its head, its clamps, and parameters that nobody optimizes."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -140,7 +142,7 @@ def test_what_another_optimizer_left_behind_is_not_carried(tmp_path):
     """Gradients left by another model's backward pass, and cleared before the own one, were not carried over."""
     torch.manual_seed(0)
     maker, judge = nn.Linear(2, 2), nn.Linear(2, 1)
-    with isograd.watch(out=tmp_path, every=1) as run:
+    with isograd.watch(out=tmp_path, every=1, budget=math.inf) as run:
         makes, judges = torch.optim.SGD(maker.parameters(), 0.01), torch.optim.SGD(judge.parameters(), 0.01)
         for _ in range(5):
             made = maker(torch.randn(8, 2))

@@ -45,6 +45,10 @@ FIRES = {
     # standardized data behind a sigmoid: half of it is negative. The rest is learned
     "standardized": (network(0.0, 1.0, loss=plain_network()["loss"].values), "warning"),
     "tanh": (network(0.0, 4.0, operations=("MseLoss", "Tanh", "Addmm")), "error"),
+    # what is left of the entries, and in which order, does not widen the range
+    "selected": (network(16.0, 9.0, operations=("MseLoss", "Index", "Squeeze", "Sigmoid", "Clamp", "Addmm")), "error"),
+    # a loss written out, and the activation right below its difference
+    "written out": (network(16.0, 9.0, operations=("Mean", "Mul", "Pow", "Sub", "Sigmoid", "Addmm")), "error"),
     # a loss written out, an output that sits at its end
     "pinned": (
         unread(network(0.5, 0.2, operations=("Mean", "Pow", "Sub", "Sigmoid", "Addmm"), saturated=1.0)),
@@ -67,6 +71,14 @@ STAYS_SILENT = {
     "linear": network(16.0, 9.0, operations=("MseLoss", "Addmm")),
     # the answer is scaled behind the sigmoid: it reaches further
     "scaled": network(16.0, 9.0, operations=("MseLoss", "Mul", "Addmm")),
+    "scaled sigmoid": network(16.0, 9.0, operations=("MseLoss", "Mul", "Sigmoid", "Addmm")),
+    "scaled and shifted": network(16.0, 9.0, operations=("Mean", "Pow", "Sub", "Add", "Mul", "Tanh", "Addmm")),
+    # a sigmoid moved to -0.5 ... 0.5 below a loss that is no part of what was written out
+    "shifted": network(-0.4, 0.05, operations=("MseLoss", "Sub", "Sigmoid", "Addmm")),
+    # a mixture of experts: the softmax weighs their answers, which reach anywhere
+    "gate": network(
+        0.0, 1.3, operations=("Add", "MseLoss", "Sum", "Mul", "Scatter", "Div", "Topk", "Softmax", "Addmm")
+    ),
     # saturated, with targets that are reached there
     "binary targets": network(0.5, 0.5, saturated=1.0),
     # not read, and it learns

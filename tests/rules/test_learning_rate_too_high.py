@@ -54,6 +54,12 @@ STAYS_SILENT = {
     "zero weights": steps_of(
         50.0, np.where(STEPS == 3, 12.0, FALL), until=2, weight_norm=lambda v: v * np.where(STEPS == 0, 0, 1)[:, None]
     ),
+    # a new head on good features: the loss falls within three steps and swings below where it began
+    "falls at once": steps_of(
+        0.6, np.concatenate([[1.07, 1.96, 0.2, 0.45, 0.06], 0.1 + 0.09 * np.sin(np.arange(95.0))]), until=5
+    ),
+    # a policy's loss, weighed by standardized returns, swings about zero from a start that happens to be small
+    "about zero": steps_of(0.2, np.where(STEPS < 5, -0.002, 0.0) + 0.02 * np.sin(STEPS / 8) * (STEPS >= 5)),
     # solved in three steps
     "solved at once": steps_of(0.6, np.where(STEPS == 0, 0.66, 1e-7)),
 }

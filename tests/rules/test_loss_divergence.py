@@ -33,6 +33,19 @@ FIRES = {
         with_loss(np.where(STEPS < 50, 1.0, 5.0) * NOISE, global_grad_norm_unclipped=np.where(STEPS < 50, 1.0, 9.0)),
         ("warning", 50),
     ),
+    # a critic's score: its offset, nearly 0 at first, drifts by three hundred times that under the same gradients
+    "drifting offset": (
+        with_loss(np.where(STEPS < 20, -0.002, 3.2 * np.minimum(1, STEPS / 150)) + 0.01 * np.sin(STEPS * 2.7)),
+        ("info", 20),
+    ),
+    # a likelihood above 1 that runs away, and gradients with it
+    "below zero and lost": (
+        with_loss(
+            np.where(STEPS < 100, 0.5 - STEPS / 50, 400.0) * NOISE,
+            global_grad_norm_unclipped=np.where(STEPS < 100, 1.0, 300.0),
+        ),
+        ("error", 100),
+    ),
     # a loss that has doubled and stays there, as bootstrapped targets and adversarial games have
     "doubled": (with_loss(np.where(STEPS < 50, 1.0, 2.2) * NOISE), ("info", 50)),
 }

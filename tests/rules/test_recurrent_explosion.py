@@ -22,6 +22,13 @@ def recurrent(decades, *, calls=40, loss=BLOWN, until=100):
     return replace(history, profiles={"call_signal_norm": {"linear0": Series(STEPS, signal)}})
 
 
+def unasked(history, *, last):
+    """The same, with no signal at all in its last calls."""
+    series = history.profiles["call_signal_norm"]["linear0"]
+    signal = np.where(np.arange(series.values.shape[1]) < series.values.shape[1] - last, series.values, 0.0)
+    return replace(history, profiles={"call_signal_norm": {"linear0": Series(series.steps, signal)}})
+
+
 FIRES = {
     "three decades": (recurrent(-3.0), "error"),
     "just beyond": (recurrent(-1.1), "error"),
@@ -42,7 +49,11 @@ STAYS_SILENT = {
     "learns": recurrent(-3.0, loss=FALLING),
     # the loss rises for another reason
     "vanishing": recurrent(3.0),
+    # a policy called at every step of an episode; its loss swings about zero
+    "about zero": recurrent(-3.0, loss=np.where(STEPS < 5, -0.002, 0.02 * np.sin(STEPS / 8))),
     "keeps its signal": recurrent(-0.4),
+    # the loss does not ask the last thirty calls at all: their zeros are no small signal that grew
+    "last calls unused": unasked(recurrent(-0.4), last=30),
     "shared": recurrent(-3.0, calls=4),
 }
 

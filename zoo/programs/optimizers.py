@@ -17,7 +17,8 @@ OPTIMIZERS = {
     "nadam": lambda parameters: optim.NAdam(parameters, lr=2e-3),
     "radam": lambda parameters: optim.RAdam(parameters, lr=3e-3),
     "adamax": lambda parameters: optim.Adamax(parameters, lr=4e-3),
-    "rprop": lambda parameters: optim.Rprop(parameters, lr=1e-3),
+    # Its steps grow as long as signs agree, up to 50 by default: enough to throw a converged network out again.
+    "rprop": lambda parameters: optim.Rprop(parameters, lr=1e-3, step_sizes=(1e-6, 0.1)),
 }
 
 

@@ -11,15 +11,20 @@ import numpy as np
 from isograd._depth import boundary
 from isograd._history import History
 from isograd._loss_curve import LossCurve, loss_curve
-from isograd._loss_graph import LossGraph, column_of, loss_graphs, output_layer
+from isograd._loss_graph import MOVES, POOLINGS, LossGraph, column_of, loss_graphs, output_layer
 from isograd._robust import median
 from isograd._rule import Evidence, Finding, Rule, Stage
 
 RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Softmax": (0.0, 1.0)}
 """What an output activation can return."""
 
-REGRESSIONS = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss", "Abs", "Pow", "Sub", "L1Loss"})
-"""Operations of losses that measure a distance; cross-entropies are meant for probabilities."""
+DISTANCES = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss", "L1Loss"})
+WRITTEN_OUT = frozenset({"Abs", "Pow", "Sub"})
+"""Losses that measure a distance, and what such a loss is made of where it is written out; cross-entropies are meant
+for probabilities."""
+
+KEEPING = MOVES | POOLINGS | {"Index", "IndexSelect", "Gather", "MaskedSelect", "Expand", "Repeat", "Clamp", "Flip"}
+"""What returns nothing that lies outside the range of what it is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,10 @@ class BoundedOutput(Rule):
     """The output's activation has a range that does not hold the targets.
 
     Detects
-        In the loss's graph, a sigmoid, tanh or softmax right behind the last product with weights and a distance as
-        the loss, together with targets of which a good part lies outside the activation's range; or, where targets
-        could not be read, an output that sits at the end of its range (saturation at or above `pinned`) in a run
-        whose loss is stuck.
+        In the loss's graph, a sigmoid, tanh or softmax right behind the last product with weights, a distance as the
+        loss, and nothing in between that leaves the activation's range; together with targets of which a good part
+        lies outside that range; or, where targets could not be read, an output that sits at the end of its range
+        (saturation at or above `pinned`) in a run whose loss is stuck.
 
     Why it matters
         A sigmoid cannot answer 31. The best it can do is to saturate, where its own slope stops all learning.
@@ -42,8 +47,9 @@ class BoundedOutput(Rule):
         standard deviation below their mean there is none. pinned: 0.9 of the output's entries.
 
     Stays silent when
-        Targets fit (images in [0, 1] behind a sigmoid, actions in [-1, 1] behind a tanh), a few outliers do not, or
-        the loss is a cross-entropy.
+        Targets fit (images in [0, 1] behind a sigmoid, actions in [-1, 1] behind a tanh), a few outliers do not,
+        what the activation returns is scaled, shifted or weighs other outputs (a gate, an attention), or the loss is
+        a cross-entropy.
 
     Remedies
         remove-output-activation, standardize-targets
@@ -71,10 +77,10 @@ class BoundedOutput(Rule):
 
     def check(self, history: History) -> Iterator[Finding]:
         curve = loss_curve(history)
-        graph = next((graph for graph in loss_graphs(history) if self._is_bounded(graph)), None)
+        graph = next((graph for graph in loss_graphs(history) if _bounding(graph)), None)
         if graph is None or curve is None or graph.step >= history.num_steps:
             return
-        kind = graph.output_operation
+        kind = _bounding(graph)
         evidence = self._unreachable(history, kind) or self._pinned(history, kind, curve)
         if evidence is None:
             return
@@ -95,9 +101,6 @@ class BoundedOutput(Rule):
             evidence=(evidence,),
             confidence=0.9 if evidence.statistic != "saturation" else 0.7,
         )
-
-    def _is_bounded(self, graph: LossGraph) -> bool:
-        return graph.output_operation in RANGES and bool(REGRESSIONS & set(graph.above_product))
 
     def _unreachable(self, history: History, kind: str) -> Evidence | None:
         means, spreads = history.series.get("output_mean"), history.series.get("output_std")
@@ -124,6 +127,15 @@ class BoundedOutput(Rule):
             return None
         step = int(series.steps[-1])
         return Evidence(statistic="saturation", observed=share, limit=self.pinned, step=step, layer=layer.name)
+
+
+def _bounding(graph: LossGraph) -> str:
+    """The activation whose range bounds what enters the distance; empty where there is none."""
+    names = graph.above_product
+    written_out = max((index for index, name in enumerate(names) if name in WRITTEN_OUT), default=len(names))
+    loss = max((index for index, name in enumerate(names) if name in DISTANCES), default=written_out)
+    between = [name for name in names[loss + 1 :] if name not in KEEPING]
+    return between[0] if len(between) == 1 and between[0] in RANGES else ""
 
 
 def _typical(history: History, statistic: str, index: int, *, missing: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isograd._depth import weight_parameters
-from isograd._history import History
+from isograd._history import Floats, History
 from isograd._loss_curve import LossCurve, loss_curve, nonfinite_loss
 from isograd._rule import Evidence, Finding, Level, Rule, Stage
 
@@ -32,7 +32,8 @@ class LearningRateTooHigh(Rule):
     Decided by
         ratio: 0.1, a hundred times the usual 1e-3 and beyond what any stable schedule shows after its first steps.
         jump: 3, a loss of four times its start: what one step at 3 / curvature, half again beyond the stable 2 /
-        curvature, makes of a quadratic loss, (1 - 3)^2 = 4.
+        curvature, makes of a quadratic loss, (1 - 3)^2 = 4. Its start is the first loss where the next ones are
+        lower: what fell at once and came back has not risen above where it began.
 
     Stays silent when
         Only one of the two is there: small networks take large relative steps at first and settle; restarts of a
@@ -124,11 +125,12 @@ class LearningRateTooHigh(Rule):
     def _harm(self, history: History, curve: LossCurve) -> tuple[int | None, str]:
         """(step at which it showed, in words), or (None, "")."""
         series = history["loss"]
-        over = np.flatnonzero(series.values >= curve.start + self.jump * curve.scale)
+        start = max(curve.start, _first(series.values))
+        over = np.flatnonzero(series.values >= start + self.jump * max(curve.reach, abs(start)))
         bad = nonfinite_loss(history)
         if len(over):
             lost = f", and is not finite from step {int(bad[0])}" if len(bad) and bad[0] > series.steps[over[0]] else ""
-            return int(series.steps[over[0]]), f"the loss rose from {curve.start:.4g} to {curve.peak:.4g}{lost}"
+            return int(series.steps[over[0]]), f"the loss rose from {start:.4g} to {curve.peak:.4g}{lost}"
         silent = self._silenced(history)
         if silent is not None and curve.failed:
             return silent, f"every gradient is exactly zero from step {silent} on, at a loss of {curve.end:.4g}"
@@ -150,3 +152,8 @@ class LearningRateTooHigh(Rule):
 
     def _level(self, curve: LossCurve) -> Level:
         return "error" if curve.failed else "warning"
+
+
+def _first(losses: Floats) -> float:
+    """The first finite loss; there is one wherever there is a curve."""
+    return float(losses[np.isfinite(losses)][0])

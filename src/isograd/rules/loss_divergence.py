@@ -31,6 +31,8 @@ class LossDivergence(Rule):
         that.
         serious: 3, four times the start, is a warning when the gradient norm has grown threefold as well, or the loss
         still rises at the end. An error is a loss that is lost, or a hundred times its start.
+        A loss that falls below zero has no size that its start could stand for: a critic's score has an offset that
+        drifts. What it rises is more than info only where the gradient norm has grown threefold.
 
     Stays silent when
         The loss rises for a while and comes back (restarts of the learning rate, the first step of a large offset),
@@ -102,11 +104,11 @@ class LossDivergence(Rule):
         )
 
     def _level(self, history: History, curve: LossCurve) -> Level:
-        if curve.rise >= 100:
+        signed = min(curve.start, curve.lowest) < 0
+        confirmed = self._gradient_grew(history) or (curve.tail_trend >= 1.96 and not signed)
+        if curve.rise >= 100 and (confirmed or not signed):
             return "error"
-        if curve.rise < self.serious:
-            return "info"
-        return "warning" if curve.tail_trend >= 1.96 or self._gradient_grew(history) else "info"
+        return "warning" if curve.rise >= self.serious and confirmed else "info"
 
     def _gradient_grew(self, history: History) -> bool:
         series = history.series.get("global_grad_norm_unclipped")

@@ -32,7 +32,8 @@ class RecurrentExplosion(Rule):
         times its start.
 
     Stays silent when
-        The gradient is clipped and the loss falls, or the signal shrinks back through time.
+        The gradient is clipped and the loss falls, the signal shrinks back through time, or the loss swings about zero
+        (a policy's, weighed by advantages) and rises no further than three times as far as it went below.
 
     Remedies
         clip-gradient-norm, reinitialize-layers, lower-learning-rate
@@ -62,7 +63,7 @@ class RecurrentExplosion(Rule):
 
     def check(self, history: History) -> Iterator[Finding]:
         curve = loss_curve(history)
-        if curve is None or not (curve.lost or curve.peak >= curve.start + self.jump * curve.scale):
+        if curve is None or not (curve.lost or curve.peak >= curve.start + self.jump * curve.reach):
             return
         for recurrence in recurrences(history, least=self.calls):
             index = first_true(-recurrence.lost >= self.decades)

@@ -7,8 +7,9 @@ before the observer: what is recorded is what the optimizer sees. It decides not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,15 +36,16 @@ from isograd.frameworks.torch._surgery import (
     OutputActivationRemoval,
     ShortcutInsertion,
     Site,
+    leave_optimizer,
 )
 
-_MODEL_EFFECTS: Mapping[type[Any], Callable[[Any, Site], ModelEffect]] = {
+_MODEL_EFFECTS: Mapping[type[Any], Callable[[Any, Site, ExitStack], ModelEffect]] = {
     _changes.RaisePrecision: PrecisionRaise,
+    _changes.RemoveOutputActivation: OutputActivationRemoval,
     _changes.ReplaceActivations: ActivationReplacement,
     _changes.InsertNormalization: NormalizationInsertion,
     _changes.InsertShortcuts: ShortcutInsertion,
     _changes.ReinitializeLayers: Reinitialization,
-    _changes.RemoveOutputActivation: OutputActivationRemoval,
     _changes.StandardizeInputs: InputStandardization,
     _changes.StandardizeTargets: TargetStandardization,
 }
@@ -65,7 +67,8 @@ _STEP_EFFECTS: Mapping[type[Any], Callable[[Any], StepEffect]] = {
 
 
 class Applier:
-    """Applies `changes` to one process.
+    """Applies `changes` to one process: to every optimizer made from now on and its models (`listen`), also to those
+    that there are (`adopt_running`). `models` and `optimizers` say which, where not all are meant.
 
     `on_event(kind, data)` hears of everything that was done; `on_refusal(sentence)` of a change that this program has
     no place for anywhere, before the first step. Nothing is raised into the program.
@@ -91,7 +94,8 @@ class Applier:
         self._refused: dict[Change, str] = {}
         self._depth = 0
         self._stepping: tuple[Optimizer, bool] | None = None
-        self._gate = _Gate(self._skipped) if any(isinstance(c, _changes.SkipBadSteps) for c in changes) else None
+        skips = any(isinstance(change, _changes.SkipBadSteps) for change in changes)
+        self._gate = _Gate(self._adopted, self._skipped) if skips else None
         self._make_effects()
 
     def _make_effects(self) -> None:
@@ -116,27 +120,39 @@ class Applier:
             taps.subscribe(self._gate)
 
     def adopt_running(self) -> None:
-        """Apply to a program that runs already. Raises CannotApply, with everything undone, where there is no place."""
+        """Apply to a program that runs already. Raises CannotApply, with everything undone and no event told, where
+        there is no place for one of the changes.
+        """
+        on_event, events = self._on_event, list[tuple[str, dict[str, Any]]]()
+        self._on_event = lambda kind, data: events.append((kind, data))
         for optimizer in self._only or [one for one in describe.all_optimizers() if one not in OWN]:
             self._consider(optimizer)
-        refusals = [*self._unapplied()]
-        if refusals:
+        refusals = [*dict.fromkeys(self._unapplied())]
+        if refusals or not self._adopted:
             self.undo()
-            raise CannotApply(" ".join(refusals))
+            raise CannotApply(" ".join(refusals) or "No optimizer trains here yet: there is nothing to change.")
+        self._on_event = on_event
+        for kind, data in events:
+            on_event(kind, data)
 
     def undo(self) -> tuple[str, ...]:
         """Put everything back, last first, and stop. Returns a sentence for whatever stays changed."""
         self.stop()
-        left: list[str] = []
+        left: list[str | None] = []
         with torch.no_grad():
             for optimizer, effects in list(self._adopted.items()):
-                left += [rest for effect in reversed(effects) if (rest := effect.undo(optimizer))]
+                left += [_taken_back(effect, partial(effect.undo, optimizer)) for effect in reversed(effects)]
             for model in reversed(self._models_changed):
                 left += model.undo()
+                for optimizer in list(self._adopted):  # also those that the program has made since
+                    leave_optimizer(optimizer, model.site.inserted)
+        was_applied = bool(self._adopted)
         self._adopted.clear()
         self._models_changed.clear()
-        self._on_event("treatment-undone", {"left": list(dict.fromkeys(left))})
-        return tuple(dict.fromkeys(left))
+        sentences = tuple(dict.fromkeys(sentence for sentence in left if sentence))
+        if was_applied:
+            self._on_event("treatment-undone", {"left": list(sentences)})
+        return sentences
 
     def stop(self) -> None:
         """Hear of nothing more; what has been done stays."""
@@ -160,8 +176,9 @@ class Applier:
         with torch.no_grad():
             self._change_models(roots, optimizer)
             for change, effect in self._effects:
-                detail = self._attempt(change, partial(effect.adopt, optimizer, roots))
-                if detail is not None:
+                if self._attempt(change, partial(effect.adopt, optimizer, roots)) is None:
+                    _taken_back(effect, partial(effect.undo, optimizer))
+                else:
                     taken.append(effect)
         if self._gate is not None:
             self._note_applied(_changes.SkipBadSteps(), "")
@@ -234,8 +251,10 @@ class Applier:
                 tell(effect)
         except Exception as error:
             self._effects = [pair for pair in self._effects if pair[1] is not effect]
-            for effects in self._adopted.values():
-                effects[:] = [one for one in effects if one is not effect]
+            for optimizer, effects in self._adopted.items():
+                if effect in effects:
+                    effects.remove(effect)
+                    _taken_back(effect, partial(effect.undo, optimizer))
             self._on_refusal(f"{type(change).__name__} failed: {type(error).__name__}: {error}")
 
     def _of(self, optimizer: Optimizer) -> list[tuple[Change, StepEffect]]:
@@ -267,6 +286,9 @@ class Applier:
         if self._stepping is None or self._stepping[0] is not optimizer:
             return
         self._stepping = None
+        for model in self._models_changed:
+            if model.site.optimizer is optimizer:
+                model.site.passage.forget_graph()
         for change, effect in reversed(self._of(optimizer)):
             self._act(change, lambda effect: effect.after_step(optimizer), effect)
 
@@ -303,28 +325,49 @@ class _ChangedModel:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.is_settled = False
-        self._effects: list[tuple[Change, ModelEffect]] = []
+        self._made: list[_Made] = []
 
     def apply(self, change: Change) -> str:
-        """What was done, in words. Raises CannotApply."""
-        effect = _MODEL_EFFECTS[type(change)](change, self.site)
-        self._effects.append((change, effect))
+        """What was done, in words. Raises CannotApply, with nothing done."""
+        with ExitStack() as back:
+            effect = _MODEL_EFFECTS[type(change)](change, self.site, back)
+            self._made.append(_Made(change, effect, back.pop_all()))
         return effect.detail
 
     def settle(self) -> list[tuple[Change, str]]:
         """Take back the changes of which nothing came; which, and why."""
         self.is_settled = True
-        unmet = [(pair, why) for pair in self._effects if (why := pair[1].unmet()) is not None]
-        for pair, _ in unmet:
-            pair[1].undo()
-            self._effects.remove(pair)
-        return [(change, why) for (change, _), why in unmet]
+        unmet = [(made, why) for made in self._made if (why := made.effect.unmet()) is not None]
+        for made, _ in unmet:
+            made.back.close()
+            self._made.remove(made)
+        return [(made.change, why) for made, why in unmet]
 
-    def undo(self) -> list[str]:
+    def undo(self) -> list[str | None]:
         """Take everything back; what stays changed, in sentences."""
-        left = [rest for _, effect in reversed(self._effects) if (rest := effect.undo())]
+        left: list[str | None] = []
+        for made in reversed(self._made):
+            left += [_taken_back(made.effect, made.back.close), made.effect.left if self.is_settled else None]
+        self._made.clear()
         self.site.passage.release()
         return left
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A change that was made of a model, its effect, and how to take it back."""
+
+    change: Change
+    effect: ModelEffect
+    back: ExitStack
+
+
+def _taken_back(effect: StepEffect | ModelEffect, take_back: Callable[[], str | None]) -> str | None:
+    """Take a change back; a sentence where something stays changed, also where the program does not allow it."""
+    try:
+        return take_back()
+    except Exception as error:
+        return f"{type(effect).__name__} could not be taken back: {type(error).__name__}: {error}."
 
 
 def _ordered(changes: Sequence[Change], table: Mapping[type[Any], Any]) -> list[Change]:
@@ -334,14 +377,16 @@ def _ordered(changes: Sequence[Change], table: Mapping[type[Any], Any]) -> list[
 
 
 class _Gate:
-    """Tells `Skipping` of steps, behind all other listeners."""
+    """Tells `Skipping` of the steps of its optimizers, behind all other listeners."""
 
-    def __init__(self, on_skip: Callable[[Optimizer], None]) -> None:
-        self._skipping = steps.Skipping(on_skip)
+    def __init__(self, optimizers: Container[Optimizer], on_skip: Callable[[Optimizer], None]) -> None:
+        self._optimizers, self._skipping = optimizers, steps.Skipping(on_skip)
         self._closure: Optimizer | None = None
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """Gradients are there, unless a closure computes them inside the step."""
+        if optimizer not in self._optimizers:
+            return
         self._closure = optimizer if closure else None
         if not closure:
             with torch.no_grad():

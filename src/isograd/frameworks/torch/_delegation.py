@@ -68,10 +68,14 @@ class Delegation(StepEffect):
             raise CannotApply(f"{cls.__name__} cannot take over: {error}.") from None
 
     def undo(self, optimizer: Optimizer) -> str | None:
-        if optimizer in self._undo:
-            self._undo.pop(optimizer).restore(optimizer)
-            _acting.pop(optimizer, None)
-        return None
+        before = self._undo.pop(optimizer, None)
+        if before is None:
+            return None
+        other, own = self._change.optimizer, type(optimizer).__name__
+        has_stepped = optimizer.state is not before.state
+        before.restore(optimizer)
+        _acting.pop(optimizer, None)
+        return f"{own} goes on with the state that it had before {other} took over." if has_stepped else None
 
 
 def _arguments(hyperparameters: dict[str, float]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ wherever torch has it; which gain a layer needs is decided by the activation beh
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -41,25 +43,24 @@ def own_randomness() -> Iterator[None]:
 class Reinitialization(ModelEffect):
     """`ReinitializeLayers`. It can be undone until the first step; then the weights have moved on from there."""
 
-    def __init__(self, change: _changes.ReinitializeLayers, site: Site) -> None:
+    left = "Reinitialized weights have been trained since: the old ones are gone."
+
+    def __init__(self, change: _changes.ReinitializeLayers, site: Site, back: ExitStack) -> None:
         layers = [module for _, module in site.layers((*_WEIGHTED, *_RECURRENT), change.layers)]
         self._before = [(p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)]
+        back.callback(self._put_back)
         with torch.no_grad(), own_randomness():
-            self._end = draw(site.root, site.passage, layers, change.method)
+            back.callback(draw(site.root, site.passage, layers, change.method))
         self.detail = f"{change.method}, {len(layers)} layers"
 
     def unmet(self) -> str | None:
         self._before = []
         return None
 
-    def undo(self) -> str | None:
-        self._end()
-        if not self._before:
-            return "reinitialized weights have been trained since: the old ones are gone"
+    def _put_back(self) -> None:
         with torch.no_grad():
             for parameter, before in self._before:
                 parameter.copy_(before)
-        return None
 
 
 def initialize(model: nn.Module, method: _changes.InitializationMethod) -> None:
@@ -67,8 +68,18 @@ def initialize(model: nn.Module, method: _changes.InitializationMethod) -> None:
     identity-recurrence. "lsuv" and "chrono" finish with the first batch. Raises CannotApply where nothing fits.
     """
     layers = [m for _, m in describe.walk(model) if describe.kind_of(m) in (*_WEIGHTED, *_RECURRENT)]
-    with torch.no_grad():
-        draw(model, Passage(model), layers, method)
+    passage = Passage(model)
+
+    def leave() -> None:
+        if passage.afterwards in ([], [leave]):  # "lsuv" waits there for the first batch
+            passage.release()
+
+    try:
+        with torch.no_grad():
+            draw(model, passage, layers, method)
+    finally:
+        leave()
+        passage.afterwards.append(leave)
 
 
 def draw(root: nn.Module, passage: Passage, layers: Sequence[nn.Module], method: str) -> Callable[[], None]:
@@ -199,13 +210,15 @@ class _UnitVariance:
         self._scaled: set[int] = set()
         for layer in layers:
             # Not a hook: others are to read only what the layer returns in the end.
-            layer.__dict__["forward"] = partial(self._forward, layer)
+            layer.__dict__["forward"] = _Forward(self, layer)
         passage.afterwards.append(self._finish)
 
-    def _forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward pass, with its weights scaled in the first one."""
         forward = type(layer).forward
         output = forward(layer, *args, **kwargs)
-        if not layer.training or not torch.is_grad_enabled() or id(layer.weight) in self._scaled:
+        is_over = not self._layers or id(layer.weight) in self._scaled
+        if is_over or not layer.training or not torch.is_grad_enabled():
             return output
         self._scaled.add(id(layer.weight))
         for _ in range(10):
@@ -226,6 +239,22 @@ class _UnitVariance:
         while self._layers:
             self._layers.pop().__dict__.pop("forward", None)
         self._passage.afterwards[:] = [one for one in self._passage.afterwards if one != self._finish]
+
+
+class _Forward:
+    """What a layer is called with while it waits for its first batch; a copy waits as well, a pickle does not."""
+
+    def __init__(self, scaling: _UnitVariance, layer: nn.Module) -> None:
+        self._scaling, self._layer = scaling, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._scaling.call(self._layer, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(self._scaling, copy.deepcopy(self._layer, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (type(self._layer).forward, self._layer)
 
 
 def _draw_fixup(root: nn.Module, passage: Passage) -> None:

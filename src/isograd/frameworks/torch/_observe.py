@@ -112,12 +112,13 @@ class Observer:
         self._origins.lines.forbid()
         if error is not None:
             self._shield.call(self._keep_unfinished, error)
-        self._shield.call(self._finish)
+        self._shield.call(self.settle)
         self._unhook_layers()
 
     def _keep_unfinished(self, error: BaseException) -> None:
         """The step that an exception cut short: what had been read of it, before any weight changed."""
         self._settle()
+        self._window.choose_losses()
         if not self._window.losses and not self._packs_saved:
             self._find_bad_loss(error)
         optimizer = next((o for o in self._seen_optimizers if self._is_ours(o)), None)
@@ -154,7 +155,8 @@ class Observer:
         """Write what has been read so far, waiting for what is under way."""
         self._writer.drain()
 
-    def _finish(self) -> None:
+    def settle(self) -> None:
+        """Write the steps that have ended, before anything changes of what they were read from."""
         self._settle()
         self._writer.drain()
 
@@ -231,7 +233,7 @@ class Observer:
         self._hooks.clear()
 
     def _read_output(self, place: trace.Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.is_grad_enabled() or self._is_evaluation(place):
+        if not torch.is_grad_enabled() or self._is_evaluation(place) or self._is_reevaluation:
             return
         out = calls.first_tensor(output)
         seen = self._window.modules.get(module)
@@ -332,26 +334,34 @@ class Observer:
         if self._stepping is None:
             self._settle()
         self._backwards += 1
+        if self._is_reevaluation:
+            return
         with torch.no_grad():
-            self._note_carried()
-            self._take_loss(tensors)
+            if inputs is None:
+                self._note_carried()
+            self._take_loss(tensors, self._window.losses if inputs is None else self._window.returned_losses)
+
+    @property
+    def _is_reevaluation(self) -> bool:
+        """Whether a step under way has moved the weights and evaluates its closure there, as a line search does."""
+        return self._stepping is not None and self._stepping[1].has_moved
 
     def _note_carried(self) -> None:
         """What the gradients hold before this pass adds to them. Two passes are looked at: some loops clear an
         optimizer's gradients only after another one's pass.
         """
-        if self._backwards > 2:
-            return
         for optimizer in list(self._seen_optimizers):
             if self._is_ours(optimizer) and self._is_deep(optimizer):
-                self._window.carried.setdefault(id(optimizer), []).append(carried_norm(optimizer))
+                norms = self._window.carried.setdefault(id(optimizer), [])
+                if len(norms) < 2:
+                    norms.append(carried_norm(optimizer))
 
-    def _take_loss(self, tensors: Sequence[Tensor]) -> None:
+    def _take_loss(self, tensors: Sequence[Tensor], losses: list[Tensor]) -> None:
         values = [t.detach() for t in tensors if t.numel()]
         if not values:
             return
         loss = torch.stack([(v if v.numel() == 1 else v.sum()).reshape(()).float() for v in values]).sum()
-        self._window.losses.append(loss)
+        losses.append(loss)
         wants_graph = not self._window.graph_read and self._wants_deep()
         if wants_graph:
             self._read_graph(max(tensors, key=lambda t: t.grad_fn is not None))
@@ -524,6 +534,8 @@ class Observer:
                 reading.read_gradients(deep)
             if deep:
                 reading.read_weights()
+            if closure:
+                reading.note_versions()
             self._stepping = optimizer, reading
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -561,6 +573,7 @@ class Observer:
         seconds, watched = now - self._marks[0], spent - self._marks[1]
         self._marks = (now, spent)
         window, self._window = self._window, Window()
+        window.choose_losses()
         deep = self._is_deep(optimizer)
         self._pending.append(Pending(optimizer, reading, window, deep, skipped, seconds, watched))
         self._backwards = 0

@@ -32,6 +32,7 @@ class ParameterReading:
         self._known: Readings = {}
         self._places: dict[str, tuple[list[int], range]] = {}
         self._before: list[Tensor] = []
+        self._versions: list[int] = []
         # A fused optimizer unscales and skips inside its kernel: what it will use is read here, not waited for.
         for name in ("grad_scale", "found_inf"):
             value = getattr(optimizer, name, None)
@@ -114,6 +115,15 @@ class ParameterReading:
         self._tensors["sampled_change"] = present, change
         self._tensors["sampled_norm"] = present, kernels.norms([before.reshape(-1) for before in self._before])
         self._before = []
+
+    def note_versions(self) -> None:
+        """Remember which writes the weights have seen, for `has_moved`."""
+        self._versions = [p._version for p in self.parameters]
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether a weight was written to since `note_versions`; False without it."""
+        return any(p._version != version for p, version in zip(self.parameters, self._versions, strict=False))
 
     def read_state(self, optimizer: Optimizer) -> None:
         """Non-finite entries in the optimizer's own tensors; worth the reading only where something is not finite."""

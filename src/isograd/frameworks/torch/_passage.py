@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ class Passage:
     """One model's forward pass as it goes. `entering`, `leaving` may replace what the outermost call takes and gives;
     `afterwards` is called when it is over.
 
-    `output_layer`: the last layer with weights, by registration until a pass has shown which one is called last.
+    `output_layer`: the last layer with weights, by registration until a pass has shown which one is called last. In a
+    deep copy of the model, layers are known as those that they were copied from.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -35,23 +38,37 @@ class Passage:
         self.afterwards: list[Callable[[], None]] = []
         self.output_layer = describe.output_layer(root)
         self.last_layer: nn.Module | None = None
-        self.answer: Tensor | None = None
+        self._answer: weakref.ref[Tensor] | None = None
+        self._node: Any = None  # the answer's place in the graph, until a step has been taken from it
         self.depth = 0
         self.renamed: dict[str, str] = {}  # kinds of activations that have been replaced
+        self._modules = [m for _, m in describe.walk(root) if not isinstance(m, torch.jit.ScriptModule)]
         self._handles: list[Any] = []
-        for _, module in describe.walk(root):
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._follow(module)
+        self._held: list[_Held] = []
+        self._claims: list[Claim] = []
+        for module in self._modules:
+            self._follow(module)
 
     def _follow(self, module: nn.Module) -> None:
-        enter, leave = _Hook(self._enter), _Hook(self._leave)
+        enter, leave = _Hook(self._enter), _Hook(functools.partial(self._leave, module))
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
 
+    def intercept(self, claim: Claim) -> Callable[[], None]:
+        """`intercept`, also for the functions that the model's modules keep in attributes."""
+        if not self._held:
+            found = [(module, name) for module in self._modules for name, _ in functions_held_by(module)]
+            self._held = [hold(module, name) for module, name in found]
+        self._claims.append(claim)  # whoever claims lives as long as the model's hooks, and no longer
+        return intercept(claim)
+
     def release(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and give the modules their functions back."""
         while self._handles:
             self._handles.pop().remove()
+        while self._held:
+            self._held.pop().give_back()
+        self._claims.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         return self
@@ -60,14 +77,14 @@ class Passage:
         self.depth += 1
         if self.depth > 1:
             return None
-        self.last_layer, self.answer = None, None
+        self.last_layer, self._answer, self._node = None, None, None
         for change in self.entering:
             args, kwargs = change(args, kwargs)
         return (args, kwargs) if self.entering else None
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if describe.kind_of(module) in ("linear", "conv"):
-            self.last_layer = module
+    def _leave(self, layer: nn.Module, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if describe.kind_of(layer) in ("linear", "conv"):
+            self.last_layer = layer
         self.depth = max(0, self.depth - 1)
         if self.depth:
             return None
@@ -75,11 +92,13 @@ class Passage:
             forget()
         if output is None:
             return None  # the pass has raised
-        if self.last_layer is not None and module is not self.last_layer:
+        if self.last_layer is not None and layer is not self.last_layer:
             self.output_layer = self.last_layer
         for change in self.leaving:
             output = change(output)
-        self.answer = first_tensor(output)
+        answer = first_tensor(output)
+        if answer is not None:
+            self._answer, self._node = weakref.ref(answer), answer.grad_fn
         return output
 
     @property
@@ -93,20 +112,27 @@ class Passage:
 
     def is_answer(self, x: object) -> bool:
         """Whether `x` is the last pass's result, perhaps reshaped."""
-        if self.answer is None or not isinstance(x, Tensor):
+        if self._answer is None or not isinstance(x, Tensor):
             return False
-        return x is self.answer or (x.grad_fn is not None and self.answer.grad_fn in _below_views(x.grad_fn))
+        return x is self._answer() or (self._node is not None and self._node in _below_views(x.grad_fn))
+
+    def forget_graph(self) -> None:
+        """The step is over: what is kept of the graph would keep everything alive that listens to it."""
+        self._node = None
 
 
-_VIEWS = ("Squeeze", "Unsqueeze", "View", "Reshape", "UnsafeView", "Transpose", "Permute", "T", "Select", "Slice")
+_VIEWS = (
+    "Squeeze", "Unsqueeze", "View", "Reshape", "UnsafeView", "Transpose", "Permute", "T", "Select", "Slice",
+    "Alias", "Clone", "Expand", "Stack", "Cat", "ToCopy",
+)  # fmt: skip
 
 
 def _below_views(node: Any) -> Iterator[Any]:
-    """A node and those that it only reshapes."""
+    """A node and those that it only reshapes, or joins: of several the last, which is the latest where time goes on."""
     while node is not None:
         yield node
         name = str(node.name()).split("Backward")[0]
-        node = node.next_functions[0][0] if name in _VIEWS and node.next_functions else None
+        node = node.next_functions[-1][0] if name in _VIEWS and node.next_functions else None
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -139,21 +165,25 @@ def hook(call: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- activation functions -------------------------------------------------------------------------------------------
 
+_T, _F, _M = torch, functional, torch.Tensor  # functions of torch, of `nn.functional`, and methods
+
 FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "sigmoid": ((torch, "sigmoid"), (torch.Tensor, "sigmoid"), (functional, "sigmoid"), (torch.special, "expit")),
-    "tanh": ((torch, "tanh"), (torch.Tensor, "tanh"), (functional, "tanh")),
-    "relu": ((functional, "relu"), (torch, "relu"), (torch.Tensor, "relu"), (functional, "relu_"), (torch, "relu_")),
-    "leaky-relu": ((functional, "leaky_relu"),),
-    "elu": ((functional, "elu"),),
-    "selu": ((functional, "selu"), (torch, "selu")),
-    "gelu": ((functional, "gelu"),),
-    "silu": ((functional, "silu"),),
-    "softplus": ((functional, "softplus"),),
-    "softsign": ((functional, "softsign"),),
-    "hardtanh": ((functional, "hardtanh"), (functional, "relu6")),
-    "softmax": ((functional, "softmax"), (torch, "softmax"), (torch.Tensor, "softmax")),
-    "log-softmax": ((functional, "log_softmax"), (torch, "log_softmax"), (torch.Tensor, "log_softmax")),
-}
+    "sigmoid": (
+        (_T, "sigmoid"), (_M, "sigmoid"), (_F, "sigmoid"), (torch.special, "expit"), (_T, "sigmoid_"), (_M, "sigmoid_"),
+    ),
+    "tanh": ((_T, "tanh"), (_M, "tanh"), (_F, "tanh"), (_T, "tanh_"), (_M, "tanh_")),
+    "relu": ((_F, "relu"), (_T, "relu"), (_M, "relu"), (_F, "relu_"), (_T, "relu_"), (_M, "relu_")),
+    "leaky-relu": ((_F, "leaky_relu"), (_F, "leaky_relu_")),
+    "elu": ((_F, "elu"), (_F, "elu_")),
+    "selu": ((_F, "selu"), (_T, "selu"), (_F, "selu_"), (_T, "selu_")),
+    "gelu": ((_F, "gelu"),),
+    "silu": ((_F, "silu"),),
+    "softplus": ((_F, "softplus"),),
+    "softsign": ((_F, "softsign"),),
+    "hardtanh": ((_F, "hardtanh"), (_F, "relu6"), (_F, "hardtanh_")),
+    "softmax": ((_F, "softmax"), (_T, "softmax"), (_M, "softmax")),
+    "log-softmax": ((_F, "log_softmax"), (_T, "log_softmax"), (_M, "log_softmax")),
+}  # fmt: skip
 """Where torch keeps each activation as a function."""
 
 ORIGINALS: dict[int, str] = {
@@ -161,11 +191,20 @@ ORIGINALS: dict[int, str] = {
 }
 """Kind of each function, by id."""
 
-Call = Callable[[], Any]
-Claim = Callable[[str, Any, Call], Call]
-"""(kind, argument, what would be called) -> what to call instead."""
+PATHS: dict[int, str] = {
+    id(getattr(owner, name)): f"{owner.__module__}:{owner.__name__}.{name}"
+    if isinstance(owner, type)
+    else f"{owner.__name__}:{name}"
+    for places in FUNCTIONS.values()
+    for owner, name in places
+}
+"""Where `pkgutil.resolve_name` finds each function, by id."""
 
-_claims: list[Claim] = []
+Call = Callable[[Any], Any]
+Claim = Callable[[str, Any, Call], Call]
+"""(kind, argument, what would be called with it) -> what to call with it instead."""
+
+_claims: list[weakref.WeakMethod[Claim]] = []
 _undo: list[Callable[[], None]] = []
 
 # Modules of torch decide by themselves (`ReLU.forward` calls `relu`), and isograd reads with these functions.
@@ -173,18 +212,21 @@ _TORCHS_OWN = ("torch.nn.functional", "torch.nn.modules.activation", "torch.nn.m
 
 
 def intercept(claim: Claim) -> Callable[[], None]:
-    """Let `claim` decide about every call of an activation function from now on; returns how to end that."""
-    _claims.append(claim)
+    """Let `claim`, a bound method that someone else keeps alive, decide about every call of an activation function from
+    now on; returns how to end that.
+    """
+    ref = weakref.WeakMethod(claim, _forget)
+    _claims.append(ref)
     if not _undo:
         _install()
+    return functools.partial(_forget, ref)
 
-    def end() -> None:
-        if claim in _claims:
-            _claims.remove(claim)
-        while _undo and not _claims:
-            _undo.pop()()
 
-    return end
+def _forget(ref: weakref.WeakMethod[Claim]) -> None:
+    if ref in _claims:
+        _claims.remove(ref)
+    while _undo and not _claims:
+        _undo.pop()()
 
 
 def _install() -> None:
@@ -194,16 +236,19 @@ def _install() -> None:
             original = getattr(owner, name)
             stand_ins[id(original)] = stand_in = _stand_in(kind, original)
             _put(owner, name, original, stand_in)
+    for namespace, name, value in imported(stand_ins):
+        _put(namespace, name, value, stand_ins[id(value)])
+
+
+def imported(functions: Container[int]) -> Iterator[tuple[Any, str, Any]]:
+    """(module, name, function) where `from torch.nn.functional import relu` has left one of the functions with these
+    ids in the program's own modules.
+    """
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "torch").startswith(("torch", "isograd")):
-            _put_imported(module, stand_ins)
-
-
-def _put_imported(module: Any, stand_ins: dict[int, Any]) -> None:
-    """`from torch.nn.functional import relu` has left the function itself in the program's own module."""
-    for name, value in list(getattr(module, "__dict__", {}).items()):
-        if id(value) in stand_ins and callable(value):
-            _put(module, name, value, stand_ins[id(value)])
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if id(value) in functions and callable(value):
+                    yield module, name, value
 
 
 def _put(owner: Any, name: str, original: Any, stand_in: Any) -> None:
@@ -220,21 +265,81 @@ def _put(owner: Any, name: str, original: Any, stand_in: Any) -> None:
 def _stand_in(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def activation(*args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(original, *args, **kwargs)
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_TORCHS_OWN):
-            return call()
-        x = args[0] if args else kwargs.get("input")
-        for claim in tuple(_claims):
-            call = claim(kind, x, call)  # type: ignore[assignment]
-        return call()
+            return original(*args, **kwargs)
+        return _decided(kind, original, args, kwargs)
 
     return activation
 
 
+def _decided(kind: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call comes to when those who claim it have decided."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"} if not args else kwargs
+    x: Any = args[0] if args else kwargs.get("input")
+    own = call = functools.partial(_call, original, args[1:], rest)
+    for ref in tuple(_claims):
+        claim = ref()
+        call = call if claim is None else claim(kind, x, call)  # type: ignore[assignment]
+    if call is own:
+        return original(*args, **kwargs)
+    if _is_in_place(original, args, kwargs):
+        return x.copy_(call(x.clone()))  # the program may go on with its argument instead of the result
+    return call(x)
+
+
+def _call(original: Callable[..., Any], rest: tuple[Any, ...], options: dict[str, Any], x: Any) -> Any:
+    return original(x, *rest, **options)
+
+
+def _is_in_place(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the argument becomes the result: `relu_(x)`, `F.relu(x, inplace=True)`."""
+    code = getattr(original, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return original.__name__.endswith("_") or bool(given.get("inplace"))
+
+
+class _Held:
+    """An activation function that a module keeps in an attribute (`self.activation = F.relu`), while calls are
+    intercepted. A deep copy shares it, a pickle holds the function itself.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name, self._original = module, name, vars(module)[name]
+        self.kind, self.holders = ORIGINALS[id(self._original)], 0
+        functools.update_wrapper(self, self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _decided(self.kind, self._original, args, kwargs)
+
+    def give_back(self) -> None:
+        """Put the function where it was, once nobody holds it any more."""
+        self.holders -= 1
+        if not self.holders and vars(self._module).get(self._name) is self:
+            vars(self._module)[self._name] = self._original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pkgutil.resolve_name, (PATHS[id(self._original)],)
+
+
+def hold(module: nn.Module, name: str) -> _Held:
+    """Stand between a module and a function in one of its attributes, until `give_back`."""
+    if not isinstance(vars(module)[name], _Held):
+        vars(module)[name] = _Held(module, name)
+    held: _Held = vars(module)[name]
+    held.holders += 1
+    return held
+
+
 def functions_held_by(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(attribute, kind) of each activation function that a module keeps in an attribute."""
-    for name, value in vars(module).items():
-        if id(value) in ORIGINALS and callable(value):
+    for name, value in list(vars(module).items()):
+        if isinstance(value, _Held):
+            yield name, value.kind
+        elif id(value) in ORIGINALS and callable(value):
             yield name, ORIGINALS[id(value)]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from isograd import _changes
-from isograd.frameworks.torch._effects import parameters_of
 from isograd.frameworks.torch._surgery import ModelEffect, Site
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -19,21 +20,20 @@ class PrecisionRaise(ModelEffect):
     autocast is off inside the model. Parameters keep their identity: the optimizer trains the same objects.
     """
 
-    def __init__(self, change: _changes.RaisePrecision, site: Site) -> None:
+    def __init__(self, change: _changes.RaisePrecision, site: Site, back: ExitStack) -> None:
         del change
         self._site = site
         self._contexts: list[Any] = []
-        self._before = [(t, t.dtype) for t in (*site.root.parameters(), *site.root.buffers()) if t.dtype in _NARROW]
-        for tensor, _ in self._before:
-            tensor.data = tensor.data.float()
-            tensor.grad = None if tensor.grad is None else tensor.grad.float()
-        for parameter in parameters_of(site.optimizer):
-            for name, held in site.optimizer.state.get(parameter, {}).items():
-                if isinstance(held, Tensor) and held.dtype in _NARROW:
-                    site.optimizer.state[parameter][name] = held.float()
+        narrow = [(t, t.dtype) for t in (*site.root.parameters(), *site.root.buffers()) if t.dtype in _NARROW]
+        for tensor, dtype in narrow:
+            back.callback(_hold_in, dtype, tensor, site.optimizer)
+            _hold_in(torch.float32, tensor, site.optimizer)
         site.passage.entering.append(self._enter)
+        back.callback(site.passage.entering.remove, self._enter)
         site.passage.afterwards.append(self._leave)
-        self.detail = f"{len(self._before)} tensors, autocast off inside the model"
+        back.callback(site.passage.afterwards.remove, self._leave)
+        self.left = "The weights have been rounded back to the program's own precision." if narrow else None
+        self.detail = f"{len(narrow)} tensors, autocast off inside the model"
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         devices = {parameter.device.type for parameter in self._site.root.parameters()}
@@ -47,13 +47,16 @@ class PrecisionRaise(ModelEffect):
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
 
-    def undo(self) -> str | None:
-        self._site.passage.entering.remove(self._enter)
-        self._site.passage.afterwards.remove(self._leave)
-        for tensor, dtype in self._before:
-            tensor.data = tensor.data.to(dtype)
-            tensor.grad = None if tensor.grad is None else tensor.grad.to(dtype)
-        return "the weights have been rounded back" if self._before else None
+
+def _hold_in(dtype: torch.dtype, tensor: Tensor, optimizer: Optimizer) -> None:
+    """Give a tensor, its gradient, and what its optimizer keeps of it in the same precision, another one."""
+    before = tensor.dtype
+    tensor.data = tensor.data.to(dtype)
+    tensor.grad = None if tensor.grad is None else tensor.grad.to(dtype)
+    state = optimizer.state.get(tensor, {})
+    for name, held in state.items():
+        if isinstance(held, Tensor) and held.dtype == before and name != "step":  # the counter is always in float32
+            state[name] = held.to(dtype)
 
 
 def _widened(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 from isograd import _changes
 from isograd.frameworks.torch import _calls as calls
 from isograd.frameworks.torch import _describe as describe
+from isograd.frameworks.torch import _passage as passages
 from isograd.frameworks.torch._surgery import ModelEffect, Site
 
 
@@ -64,21 +65,27 @@ class InputStandardization(ModelEffect):
     is no input.
     """
 
-    def __init__(self, change: _changes.StandardizeInputs, site: Site) -> None:
+    left = "The weights have been trained on standardized inputs."
+
+    def __init__(self, change: _changes.StandardizeInputs, site: Site, back: ExitStack) -> None:
         self._batches, self._site = change.batches, site
         self._moments: dict[Any, Moments] = {}
         first = next((describe.kind_of(m) for _, m in site.layers(("linear", "conv", *_RECURRENT))), "linear")
         self._of_convolution = first == "conv"
         self._returned: set[int] = set()
         site.passage.entering.append(self._enter)
+        back.callback(site.passage.entering.remove, self._enter)
         site.passage.leaving.append(self._leave)
+        back.callback(site.passage.leaving.remove, self._leave)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = tuple(self._standardize(index, value) for index, value in enumerate(args))
         return given, {name: self._standardize(name, value) for name, value in kwargs.items()}
 
     def _standardize(self, key: Any, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim() or not value.numel():
+        if not isinstance(value, Tensor) or value.is_nested or not value.is_floating_point():
+            return value
+        if not value.dim() or not value.numel():
             return value
         if value.untyped_storage().data_ptr() in self._returned:
             return value
@@ -102,11 +109,6 @@ class InputStandardization(ModelEffect):
 
     def unmet(self) -> str | None:
         return None if self._moments else "No floating-point tensor enters the model."
-
-    def undo(self) -> str | None:
-        self._site.passage.entering.remove(self._enter)
-        self._site.passage.leaving.remove(self._leave)
-        return "the weights have been trained on standardized inputs"
 
 
 _RECURRENT = ("rnn", "lstm", "gru", "rnn-cell", "lstm-cell", "gru-cell")
@@ -148,14 +150,18 @@ class TargetStandardization(ModelEffect):
     stands before its targets are known, is put into their units inside its loss.
     """
 
-    def __init__(self, change: _changes.StandardizeTargets, site: Site) -> None:
+    left = "The weights have been trained on standardized targets: the model's results are not in the targets' units."
+
+    def __init__(self, change: _changes.StandardizeTargets, site: Site, back: ExitStack) -> None:
         self._batches, self._site = change.batches, site
         self._moments: Moments | None = None
         self._is_linear = False
         self._inside = False
         self._waits = False
         site.passage.leaving.append(self._leave)
-        self._undo: list[Callable[[], None]] = []
+        back.callback(site.passage.leaving.remove, self._leave)
+        self._watched = ExitStack()
+        back.callback(self._watched.close)
         for owner, name in _places_of_losses():
             self._watch(owner, name)
 
@@ -179,25 +185,26 @@ class TargetStandardization(ModelEffect):
 
     def _watch(self, owner: Any, name: str) -> None:
         original, inherited = getattr(owner, name), name not in vars(owner)
+        kind = getattr(original, "__name__", name)  # the program may have imported it under another name
 
         def compare(*args: Any, **kwargs: Any) -> Any:
             if self._inside or self._site.passage.depth or not self._site.passage.at_output:
                 return original(*args, **kwargs)
             self._inside = True
             try:
-                args, kwargs = self._compared(name, args, kwargs)
+                args, kwargs = self._compared(kind, args, kwargs)
             finally:
                 self._inside = False
             return original(*args, **kwargs)
 
         setattr(owner, name, compare)
-        self._undo.append(lambda: delattr(owner, name) if inherited else setattr(owner, name, original))
+        self._watched.callback(_restore, owner, name, compare, None if inherited else original)
 
     def _compared(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         first: Any = args[0] if args else kwargs.get("input")
         second: Any = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("other"))
-        if not (_is_result(first) and _is_target(second, first)):
-            if not (_is_result(second) and _is_target(first, second)):
+        if not (self._is_result(first) and _is_target(second, first)):
+            if not (self._is_result(second) and _is_target(first, second)):
                 return args, kwargs
             return (first, self._learn(name, second, first), *args[2:]), kwargs
         if args:
@@ -213,35 +220,32 @@ class TargetStandardization(ModelEffect):
             self._is_linear = name in _LINEAR_LOSSES
         self._moments.add(target)
         if self._moments.batches >= self._batches:
-            self._stop_watching()
+            self._watched.close()
         waited, self._waits = self._waits, False
         return self._in_units(result) if waited else result
 
-    def _stop_watching(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+    def _is_result(self, value: Any) -> bool:
+        """Whether it is this model's result: another model's targets are its own."""
+        return isinstance(value, Tensor) and value.requires_grad and self._site.passage.is_answer(value)
 
     def unmet(self) -> str | None:
         if self._moments is not None:
             return None
-        self._stop_watching()
-        return "No regression target was seen: the loss subtracts nothing from the model's result."
+        self._watched.close()
+        return "No regression target was seen: no loss subtracts one from the model's result."
 
-    def undo(self) -> str | None:
-        self._site.passage.leaving.remove(self._leave)
-        self._stop_watching()
-        return (
-            "the weights have been trained on standardized targets: the model's results are not in the targets' units"
-        )
+
+def _restore(owner: Any, name: str, ours: Any, original: Any) -> None:
+    """Put a function back, or take away what stood before the one that is inherited."""
+    if vars(owner).get(name) is ours:
+        delattr(owner, name) if original is None else setattr(owner, name, original)
 
 
 def _places_of_losses() -> list[tuple[Any, str]]:
-    losses = [(functional, name) for name in _LOSSES]
+    losses: list[tuple[Any, str]] = [(functional, name) for name in _LOSSES]
+    found = {id(getattr(functional, name)): name for name in _LOSSES}
+    losses += [(namespace, name) for namespace, name, _ in passages.imported(found)]
     return [*losses, (torch.Tensor, "__sub__"), (torch.Tensor, "__rsub__"), (torch.Tensor, "sub"), (torch, "sub")]
-
-
-def _is_result(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None
 
 
 def _is_target(value: Any, result: Tensor) -> bool:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -321,7 +321,15 @@ class Setting(StepEffect):
         for group, before, now in self._before.pop(optimizer, []):
             if group.get(key) == now:
                 group[key] = before
+                _forget_momentum(optimizer, group, key)
         return None
+
+
+def _forget_momentum(optimizer: Optimizer, group: Group, key: str) -> None:
+    """Without momentum there is no buffer for it: one that was begun would be taken up by a later momentum."""
+    if key == "momentum" and not group[key]:
+        for parameter in group["params"]:
+            optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
 
 
 def _place(name: str) -> tuple[str, int | None]:
@@ -348,14 +356,18 @@ class Clamping(StepEffect):
 
     def __init__(self, change: _changes.ClampWeights) -> None:
         self._limit = change.limit
+        self._clamped: WeakSet[Optimizer] = WeakSet()
 
     def after_step(self, optimizer: Optimizer) -> None:
+        self._clamped.add(optimizer)
         for parameter in parameters_of(optimizer):
             if parameter.requires_grad and not parameter.is_complex():
                 parameter.detach().clamp_(-self._limit, self._limit)
 
     def undo(self, optimizer: Optimizer) -> str | None:
-        return f"weights that were clamped stay in [-{self._limit:g}, {self._limit:g}] until they are trained further"
+        if optimizer not in self._clamped:
+            return None
+        return f"Weights that were clamped stay in [-{self._limit:g}, {self._limit:g}] until they are trained further."
 
 
 _NORMALIZED = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "SparseAdam")

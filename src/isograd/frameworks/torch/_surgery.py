@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from isograd import _changes
 from isograd._changes import CannotApply
@@ -28,11 +30,15 @@ from isograd.frameworks.torch._passage import Call, Passage
 
 @dataclass(frozen=True)
 class Site:
-    """Where a change to a model takes place: the model, its forward pass, and the optimizer that was made for it."""
+    """Where a change to a model takes place: the model, its forward pass, and the optimizer that was made for it.
+
+    `inserted`: the parameters that changes have given it.
+    """
 
     root: nn.Module
     optimizer: Optimizer
     passage: Passage
+    inserted: list[nn.Parameter] = field(default_factory=list)
 
     def layers(self, kinds: Sequence[str], names: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the layers of these kinds, or of those among them with these names."""
@@ -42,16 +48,17 @@ class Site:
 
 
 class ModelEffect:
-    """One change in effect on one model. Its constructor applies it, or raises CannotApply."""
+    """One change in effect on one model. Its constructor takes (change, site, back) and applies it, or raises
+    CannotApply; how to put back each thing that it changes goes onto `back` as it is changed.
+    """
 
     detail = ""
     """What was done, in words."""
+    left: str | None = None
+    """What stays changed after undoing it once a step has been taken under it, in a sentence."""
 
     def unmet(self) -> str | None:
         """After a forward and a backward pass: why nothing came of it, if nothing did."""
-
-    def undo(self) -> str | None:
-        """Put the model back; a sentence where something stays changed."""
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
@@ -69,62 +76,122 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Face:
+    """What an activation module is: its class, what it was constructed with, and whose forward pass decides when (held
+    weakly, since that knows the module: the model's hooks keep it).
+    """
+
+    cls: type[nn.Module]
+    options: dict[str, Any]
+    passage: ref[Passage] | None = None
+
+    @property
+    def at_output(self) -> bool:
+        """Whether the last layer with weights has been called."""
+        passage = None if self.passage is None else self.passage()
+        return passage is not None and passage.at_output
+
+
+_faces: WeakKeyDictionary[nn.Module, list[_Face]] = WeakKeyDictionary()
+"""The program's own face of every module that has another one now, and those put on since; the last is worn."""
+
+
 class _Placed:
-    """Mixed into the class of an activation that `forward` may call anywhere; copied with the model, not pickled."""
+    """Mixed into the class of an activation that `forward` may call anywhere: what it is there is decided call by call.
+    A deep copy is decided likewise; a pickle holds torch's class.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        _faces[twin] = list(_faces[self])  # type: ignore[index]
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.")), ()
+        return object.__new__, (_torchs_class(type(self)),), self.__dict__
+
+
+def _torchs_class(cls: type) -> type:
+    return next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
 
 
 class _Hidden(_Placed):
-    """Behind the last layer with weights it stays what it was."""
+    """Behind the last layer with weights it is what it was before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        passage, original, state = self.__dict__["_isograd_before"]
-        if not passage.at_output:
+        *below, now = _faces[self]  # type: ignore[index]
+        if not now.at_output:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        before = original.__new__(original)
-        before.__dict__.update(state)
-        return original.forward(before, x)  # type: ignore[no-any-return]
+        before = below[-1].cls.__new__(below[-1].cls)
+        before.__dict__.update(self.__dict__ | below[-1].options)
+        _faces[before] = below
+        return before.forward(x)  # type: ignore[no-any-return]
 
 
-class _Transparent(_Placed):
-    """Behind the last layer with weights it passes its input through."""
+class _Answering(_Placed):
+    """Behind the last layer with weights it is `answer`, elsewhere what it was before."""
+
+    answer: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        passage, _, _ = self.__dict__["_isograd_before"]
-        return x if passage.at_output else super().forward(x)  # type: ignore[misc]
+        return type(self).answer(x) if _faces[self][-1].at_output else super().forward(x)  # type: ignore[index, misc]
 
 
-class _ClassChange:
-    """An activation module that has become another one in place: every reference to it, and its hooks, stay good."""
-
-    def __init__(self, module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
-        self._module, self._before = module, (type(module), dict(module.__dict__))
-        module.__class__ = cls
-        module.__dict__.update(_options(state))
-
-    def remember(self, passage: Passage) -> None:
-        """Leave with the module what it was, for the calls in which it is still that."""
-        cls, state = self._before
-        self._module.__dict__["_isograd_before"] = passage, cls, state
-
-    def restore(self) -> None:
-        cls, state = self._before
-        self._module.__class__ = cls
-        for key in ("_isograd_before", *_options(self._module.__dict__)):
-            self._module.__dict__.pop(key, None)
-        self._module.__dict__.update(_options(state))
+_softmax = torch.softmax  # as torch has it, whatever is intercepted later
 
 
-def _options(state: dict[str, Any]) -> dict[str, Any]:
+class _ClassSoftmax(nn.Module):
+    """Over classes: the second axis of maps (four axes or more), the last one of everything else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _over_classes(x)
+
+
+def _over_classes(x: Tensor) -> Tensor:
+    return _softmax(x, dim=1 if x.dim() >= 4 else -1)
+
+
+ANSWERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "identity": (nn.Identity, lambda x: x),
+    "sigmoid": (nn.Sigmoid, torch.sigmoid),
+    "softmax": (_ClassSoftmax, _over_classes),
+}
+"""What an output activation can be replaced with, as a module and as a function."""
+
+
+def _put_on(module: nn.Module, new: nn.Module, back: ExitStack, *, placed: type | None, passage: Passage) -> None:
+    """Let a module become another one in place: every reference to it, and its hooks, stay good.
+
+    `placed`: what decides call by call whether it is; None where it always is.
+    """
+    cls = type(new) if placed is None else type(_torchs_class(type(new)).__name__, (placed, type(new)), {})
+    face = _Face(cls, _options(new), ref(passage))
+    faces = _faces.setdefault(module, [_Face(type(module), _options(module))])
+    faces.append(face)
+    _wear(module, face)
+    back.callback(_take_off, module, face)
+
+
+def _take_off(module: nn.Module, face: _Face) -> None:
+    """Take one face away, be it worn or below others."""
+    faces = _faces[module]
+    faces[:] = [one for one in faces if one is not face]
+    _wear(module, faces[-1])
+    if len(faces) == 1:
+        del _faces[module]
+
+
+def _wear(module: nn.Module, face: _Face) -> None:
+    for key in _options(module):
+        del module.__dict__[key]
+    module.__class__ = face.cls
+    module.__dict__.update(face.options)
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
     """What an activation was constructed with."""
-    return {key: value for key, value in state.items() if not key.startswith("_") and key != "training"}
+    return {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
 
 
 class ActivationReplacement(ModelEffect):
@@ -134,53 +201,45 @@ class ActivationReplacement(ModelEffect):
     (it is an attribute that `forward` may call anywhere), it is looked at call by call.
     """
 
-    def __init__(self, change: _changes.ReplaceActivations, site: Site) -> None:
+    def __init__(self, change: _changes.ReplaceActivations, site: Site, back: ExitStack) -> None:
         if change.target not in TARGETS:
             raise CannotApply(f"There is no activation {change.target!r}; there are {', '.join(TARGETS)}.")
-        self._change, self._site = change, site
-        self._changes: list[_ClassChange] = []
-        self._attributes: list[tuple[nn.Module, str, Any]] = []
-        self._recurrent: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._calls = 0
+        self._change, self._site, self._back = change, site, back
+        self._replaced = 0  # modules for certain, and calls of what is decided call by call
         hidden = _activations_before_output(site)
         modules = [module for _, module in site.layers(change.sources, change.layers)]
         modules = [module for module in modules if change.layers or module not in hidden.output]
         for module in modules:
-            self._replace(module, certain=module in hidden.certain)
+            self._replace(module, is_certain=bool(change.layers) or module in hidden.certain)
         for module in site.root.modules():
-            self._replace_attributes(module)
             self._replace_recurrence(module)
-        self._end = passages.intercept(self._claim)
-        site.passage.renamed.update(dict.fromkeys(change.sources, change.target))
-        self.detail = f"{len(modules)} modules" if modules else "function calls"
+        back.callback(site.passage.intercept(self._claim))
+        self._rename()
+        self.detail = f"{len(modules)} modules" if modules else ""
 
-    def _replace(self, module: nn.Module, *, certain: bool) -> None:
-        new = MODULES[self._change.target]()
-        if certain or self._change.layers:
-            self._changes.append(_ClassChange(module, type(new), new.__dict__))
-            return
-        cls = type(type(new).__name__, (_Hidden, type(new)), {})
-        self._changes.append(_ClassChange(module, cls, new.__dict__))
-        self._changes[-1].remember(self._site.passage)
+    def _replace(self, module: nn.Module, *, is_certain: bool) -> None:
+        new, passage = MODULES[self._change.target](), self._site.passage
+        _put_on(module, new, self._back, placed=None if is_certain else _Hidden, passage=passage)
+        if is_certain:
+            self._replaced += 1
+        else:
+            self._back.callback(module.register_forward_hook(passages.hook(self._note)).remove)
 
-    def _replace_attributes(self, module: nn.Module) -> None:
-        """A function in an attribute, as `TransformerEncoderLayer` keeps it."""
-        held = [name for name, kind in passages.functions_held_by(module) if kind in self._change.sources]
-        if self._change.layers or not held:
-            return
-        replaced = dict.fromkeys(held, TARGETS[self._change.target])
-        if "activation_relu_or_gelu" in vars(module):  # or inference would go on with the old one
-            replaced["activation_relu_or_gelu"] = 0  # type: ignore[assignment]
-        self._attributes += [(module, name, vars(module)[name]) for name in replaced]
-        vars(module).update(replaced)
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._replaced += not self._site.passage.at_output
+
+    def _rename(self) -> None:
+        passage = self._site.passage
+        self._back.callback(setattr, passage, "renamed", passage.renamed)
+        passage.renamed = passage.renamed | dict.fromkeys(self._change.sources, self._change.target)
 
     def _replace_recurrence(self, module: nn.Module) -> None:
         """Plain recurrent networks know two activations."""
         target, now = self._change.target, getattr(module, "nonlinearity", None)
         if now in self._change.sources and target in ("relu", "tanh") and not self._change.layers:
-            self._recurrent.append(
-                (module, {key: vars(module)[key] for key in ("nonlinearity", "mode") if key in vars(module)})
-            )
+            for key in {"nonlinearity", "mode"} & vars(module).keys():
+                self._back.callback(setattr, module, key, vars(module)[key])
+            self._replaced += 1
             vars(module)["nonlinearity"] = target
             if isinstance(module, nn.RNN):
                 module.mode = f"RNN_{target.upper()}"
@@ -189,8 +248,8 @@ class ActivationReplacement(ModelEffect):
         passage = self._site.passage
         if kind not in self._change.sources or not passage.holds(x) or passage.at_output or not self._is_named():
             return call
-        self._calls += 1
-        return lambda: TARGETS[self._change.target](x)
+        self._replaced += 1
+        return TARGETS[self._change.target]
 
     def _is_named(self) -> bool:
         """Whether calls behind the layer called last are meant: a function call is known by the layer before it."""
@@ -199,20 +258,9 @@ class ActivationReplacement(ModelEffect):
         return not layers or any(layer == name or layer.startswith(f"{name}.") for name in names for layer in layers)
 
     def unmet(self) -> str | None:
-        if self._changes or self._attributes or self._recurrent or self._calls:
+        if self._replaced:
             return None
         return f"No hidden activation of the kind {' or '.join(self._change.sources)} was called in the model."
-
-    def undo(self) -> str | None:
-        self._end()
-        self._site.passage.renamed.clear()
-        for change in reversed(self._changes):
-            change.restore()
-        for module, name, value in reversed(self._attributes):
-            vars(module)[name] = value
-        for module, before in self._recurrent:
-            vars(module).update(before)
-        return None
 
 
 @dataclass(frozen=True)
@@ -233,33 +281,29 @@ def _activations_before_output(site: Site) -> _Places:
 
 
 class OutputActivationRemoval(ModelEffect):
-    """`RemoveOutputActivation`: what is called behind the last layer with weights passes its input through, be it a
-    module, a function in `forward`, or a function that the loop calls on the model's result.
+    """`RemoveOutputActivation`: what is called behind the last layer with weights passes its input through, or is the
+    target, be it a module, a function in `forward`, or a function that the loop calls on the model's result.
     """
 
-    def __init__(self, change: _changes.RemoveOutputActivation, site: Site) -> None:
+    left = "The weights have been trained without the output activation."
+
+    def __init__(self, change: _changes.RemoveOutputActivation, site: Site, back: ExitStack) -> None:
         self._kind, self._passage = change.kind, site.passage
-        self._changes: list[_ClassChange] = []
-        self._handles: list[Any] = []
+        make, self._answer = ANSWERS[change.target]
         self._seen = False
         placed = _activations_before_output(site)
+        answering = type("_Answering", (_Answering,), {"answer": staticmethod(self._answer)})
         for _, module in site.layers((change.kind,)):
-            if module not in placed.certain:
-                self._remove(module, certain=module in placed.output)
-        self._end = passages.intercept(self._claim)
-
-    def _remove(self, module: nn.Module, *, certain: bool) -> None:
-        if certain:
-            self._seen = True
-            self._changes.append(_ClassChange(module, nn.Identity, {}))
-            return
-        cls = type(type(module).__name__, (_Transparent, type(module)), {})
-        self._changes.append(_ClassChange(module, cls, {}))
-        self._changes[-1].remember(self._passage)
-        self._handles.append(module.register_forward_hook(passages.hook(self._note)))
+            if module in placed.output:
+                self._seen = True
+                _put_on(module, make(), back, placed=None, passage=site.passage)
+            elif module not in placed.certain:
+                _put_on(module, module, back, placed=answering, passage=site.passage)
+                back.callback(module.register_forward_hook(passages.hook(self._note)).remove)
+        back.callback(site.passage.intercept(self._claim))
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._seen |= bool(args) and output is args[0]
+        self._seen |= self._passage.at_output
 
     def _claim(self, kind: str, x: Any, call: Call) -> Call:
         passage = self._passage
@@ -267,37 +311,48 @@ class OutputActivationRemoval(ModelEffect):
         if kind != self._kind or not behind:
             return call
         self._seen = True
-        return lambda: x
+        return self._answer
 
     def unmet(self) -> str | None:
         return None if self._seen else f"No {self._kind} is called behind the model's last layer with weights."
-
-    def undo(self) -> str | None:
-        self._end()
-        for handle in self._handles:
-            handle.remove()
-        for change in reversed(self._changes):
-            change.restore()
-        return "the weights have been trained without the output activation"
 
 
 # ---- inserted parameters ------------------------------------------------------------------------------------------
 
 
-def join_optimizer(optimizer: Optimizer, weight: Tensor, fresh: Iterable[nn.Parameter]) -> None:
-    """Let the optimizer train new parameters in the group that holds `weight`, so that schedules stay per group."""
+def join_optimizer(site: Site, weight: Tensor, fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack) -> None:
+    """Let the site's optimizer train new (name, parameter) pairs, in the group of `weight`: schedules are per group.
+
+    Raises CannotApply where the optimizer has state already and nothing tells what that of a new parameter is.
+    """
+    optimizer = site.optimizer
     group = next(
         (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), optimizer.param_groups[0]
     )
-    for parameter in fresh:
+    for name, parameter in fresh:
+        state = _first_state(optimizer, group, parameter)
         group["params"].append(parameter)
         if "param_names" in group:
-            group["param_names"].append(f"inserted.{len(group['params'])}")
-        if optimizer.state:  # some optimizers make a parameter's state when they are constructed
-            with taps.silenced():
-                twin = type(optimizer)([{**group, "params": [parameter]}])  # type: ignore[call-arg]
-            if parameter in twin.state:
-                optimizer.state[parameter] = twin.state[parameter]
+            group["param_names"].append(name)
+        if state:
+            optimizer.state[parameter] = state
+        back.callback(leave_optimizer, optimizer, [parameter])
+        site.inserted.append(parameter)
+
+
+def _first_state(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """What an optimizer makes of a parameter when it is constructed, as Adagrad does."""
+    if not optimizer.state:
+        return {}
+    if isinstance(optimizer, LBFGS):
+        raise CannotApply("LBFGS remembers steps of all parameters together: it takes none in the middle of the run.")
+    try:
+        with taps.silenced():
+            twin = type(optimizer)([{**group, "params": [parameter]}])  # type: ignore[call-arg]
+    except Exception as error:
+        why = f"{type(optimizer).__name__} cannot take parameters in the middle of the run"
+        raise CannotApply(f"{why}: {type(error).__name__}: {error}.") from None
+    return dict(twin.state.get(parameter, {}))
 
 
 def leave_optimizer(optimizer: Optimizer, gone: Iterable[nn.Parameter]) -> None:
@@ -328,39 +383,34 @@ class NormalizationInsertion(ModelEffect):
     one group over channels and positions; "group" has up to 32 groups (Wu & He 2018), as many as divide the channels.
     """
 
-    def __init__(self, change: _changes.InsertNormalization, site: Site) -> None:
+    left = "The layers' weights have been trained with normalization behind them."
+
+    def __init__(self, change: _changes.InsertNormalization, site: Site, back: ExitStack) -> None:
         refuse_wrapped(site.root)
-        self._optimizer = site.optimizer
-        self._layers = list(_layers_to_normalize(change, site))
-        if not self._layers:
+        layers = list(_layers_to_normalize(change, site))
+        if not layers:
             raise CannotApply("Every hidden linear or convolution is followed by a normalization already.")
-        self._handles = []
-        for layer in self._layers:
-            norm = _normalization(change.kind, layer)
-            layer.add_module("normalization", norm.to(layer.weight.device, layer.weight.dtype))  # type: ignore[arg-type]
-            self._handles.append(layer.register_forward_hook(_normalize))
-            join_optimizer(site.optimizer, layer.weight, norm.parameters())  # type: ignore[arg-type]
-        self.detail = f"behind {len(self._layers)} layers"
-
-    def undo(self) -> str | None:
-        for handle in self._handles:
-            handle.remove()
-        for layer in self._layers:
-            leave_optimizer(self._optimizer, layer.normalization.parameters())  # type: ignore[union-attr]
-            del layer.normalization
-        return "the layers' weights have been trained with normalization behind them"
+        for name, layer in layers:
+            weight: Any = layer.weight
+            norm = _normalization(change.kind, layer).to(weight.device, weight.dtype)
+            norm.train(layer.training)
+            layer.add_module("normalization", norm)
+            back.callback(delattr, layer, "normalization")
+            back.callback(layer.register_forward_hook(_normalize).remove)
+            names = ((f"{name}.normalization.{key}", parameter) for key, parameter in norm.named_parameters())
+            join_optimizer(site, weight, names, back)
+        self.detail = f"behind {len(layers)} layers"
 
 
-def _layers_to_normalize(change: _changes.InsertNormalization, site: Site) -> Iterator[nn.Module]:
+def _layers_to_normalize(change: _changes.InsertNormalization, site: Site) -> Iterator[tuple[str, nn.Module]]:
     order = [module for _, module in describe.walk(site.root)]
-    named = [module for _, module in site.layers(("linear", "conv"), change.layers)]
     attention = {m for parent in order if isinstance(parent, nn.MultiheadAttention) for m in parent.modules()}
-    for module in named:
+    for name, module in site.layers(("linear", "conv"), change.layers):
         following = order[order.index(module) + 1] if module is not order[-1] else module
         is_hidden = bool(change.layers) or module is not site.passage.output_layer
         is_bilinear = isinstance(module, nn.Bilinear)
         if is_hidden and not is_bilinear and module not in attention and describe.kind_of(following) not in _NORMS:
-            yield module
+            yield name, module
 
 
 def _normalization(kind: str, layer: nn.Module) -> nn.Module:
@@ -383,6 +433,8 @@ def _normalize(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
         if isinstance(norm, nn.RMSNorm):
             return norm(output.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
         return norm(output)  # type: ignore[no-any-return, operator]
+    if output.is_nested:  # `TransformerEncoder` leaves padding out in evaluation, where rows do not depend on others
+        return torch.nested.as_nested_tensor([norm(rows) for rows in output.unbind()])  # type: ignore[operator]
     rows = output.reshape(-1, output.shape[-1])
     return norm(rows).reshape(output.shape)  # type: ignore[no-any-return, operator]
 
@@ -396,41 +448,36 @@ class ShortcutInsertion(ModelEffect):
     arXiv:2003.04887).
     """
 
-    def __init__(self, change: _changes.InsertShortcuts, site: Site) -> None:
+    left = "The layers' weights have been trained with shortcuts around them."
+
+    def __init__(self, change: _changes.InsertShortcuts, site: Site, back: ExitStack) -> None:
         if change.kind == "dense":
             raise CannotApply("Dense connections widen every following layer: they need another model, not a change.")
         refuse_wrapped(site.root)
-        self._passage, self._optimizer = site.passage, site.optimizer
-        self._scaled = change.kind == "rezero"
+        self._is_scaled = change.kind == "rezero"
         self._open: dict[int, tuple[Tensor, Tensor, nn.Module]] = {}
-        self._handles: list[Any] = []
         self._seen = 0
-        self._layers = [
-            m for _, m in site.layers(("linear", "conv")) if m is not site.passage.output_layer and _keeps(m)
-        ]
-        if not self._layers:
+        hidden = site.layers(("linear", "conv"))
+        layers = [(name, m) for name, m in hidden if m is not site.passage.output_layer and _keeps(m)]
+        if not layers:
             raise CannotApply("No layer returns the shape that it takes: there is no place for a shortcut.")
-        for layer in self._layers:
-            self._handles.append(layer.register_forward_hook(passages.hook(self._begin)))
-            if self._scaled:
-                self._add_scale(layer)
+        for name, layer in layers:
+            back.callback(layer.register_forward_hook(passages.hook(self._begin)).remove)
+            if self._is_scaled:
+                _add_scale(site, name, layer, back)
         for _, module in describe.walk(site.root):
             if describe.kind_of(module) in (*_NORMS, "dropout"):
-                self._handles.append(module.register_forward_hook(passages.hook(self._go_on)))
+                back.callback(module.register_forward_hook(passages.hook(self._go_on)).remove)
             elif describe.kind_of(module) in describe.ACTIVATIONS:
-                self._handles.append(module.register_forward_hook(passages.hook(self._close)))
-        self._end = passages.intercept(self._claim)
-        self._passage.afterwards.append(self._open.clear)
-        self.detail = f"around {len(self._layers)} layers"
-
-    def _add_scale(self, layer: nn.Module) -> None:
-        scale = nn.Parameter(torch.zeros((), dtype=layer.weight.dtype, device=layer.weight.device))  # type: ignore[arg-type]
-        layer.register_parameter("shortcut_scale", scale)
-        join_optimizer(self._optimizer, layer.weight, [scale])  # type: ignore[arg-type]
+                back.callback(module.register_forward_hook(passages.hook(self._close)).remove)
+        back.callback(site.passage.intercept(self._claim))
+        site.passage.afterwards.append(self._open.clear)
+        back.callback(site.passage.afterwards.remove, self._open.clear)
+        self.detail = f"around {len(layers)} layers"
 
     def _begin(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x = args[0] if args else None
-        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape == output.shape:
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and _shape(x) == _shape(output):
             self._open[id(output)] = output, x, layer
 
     def _go_on(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -444,7 +491,7 @@ class ShortcutInsertion(ModelEffect):
     def _claim(self, kind: str, x: Any, call: Call) -> Call:
         if id(x) not in self._open or kind not in describe.ACTIVATIONS:
             return call
-        return lambda: self._join(x, call())
+        return lambda value: self._join(x, call(value))
 
     def _join(self, entered: Any, output: Any) -> Any:
         block = self._open.pop(id(entered), None)
@@ -452,21 +499,21 @@ class ShortcutInsertion(ModelEffect):
             return output
         _, x, layer = block
         self._seen += 1
-        return x + layer.shortcut_scale * output if self._scaled else x + output
+        return x + layer.shortcut_scale * output if self._is_scaled else x + output
 
     def unmet(self) -> str | None:
         return None if self._seen else "No activation was called on the result of a layer that keeps its input's shape."
 
-    def undo(self) -> str | None:
-        self._end()
-        self._passage.afterwards.remove(self._open.clear)
-        for handle in self._handles:
-            handle.remove()
-        if self._scaled:
-            for layer in self._layers:
-                leave_optimizer(self._optimizer, [layer.shortcut_scale])  # type: ignore[list-item]
-                del layer.shortcut_scale
-        return "the layers' weights have been trained with shortcuts around them"
+
+def _add_scale(site: Site, name: str, layer: Any, back: ExitStack) -> None:
+    scale = nn.Parameter(torch.zeros((), dtype=layer.weight.dtype, device=layer.weight.device))
+    layer.register_parameter("shortcut_scale", scale)
+    back.callback(delattr, layer, "shortcut_scale")
+    join_optimizer(site, layer.weight, [(f"{name}.shortcut_scale", scale)], back)
+
+
+def _shape(x: Tensor) -> object:
+    return [one.shape for one in x.unbind()] if x.is_nested else x.shape
 
 
 def _keeps(layer: nn.Module) -> bool:

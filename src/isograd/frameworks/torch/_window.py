@@ -34,6 +34,8 @@ class Window:
     """What was read since the previous step ended. Holds scalars only, no batch and no activation."""
 
     losses: list[Tensor] = field(default_factory=list)
+    returned_losses: list[Tensor] = field(default_factory=list)
+    """Those whose gradients `torch.autograd.grad` returned, where no parameter holds them."""
     clips: list[tuple[Tensor, float]] = field(default_factory=list)
     modules: weakref.WeakKeyDictionary[nn.Module, list[Call]] = field(default_factory=weakref.WeakKeyDictionary)
     boundaries: list[Boundary] = field(default_factory=list)
@@ -48,6 +50,11 @@ class Window:
     graph_nodes: int = 0
     carried: dict[int, list[Tensor]] = field(default_factory=dict)
     """Per optimizer (by id) the norm of the gradients that stood there when each of the first passes began."""
+
+    def choose_losses(self) -> None:
+        """Losses whose gradients were returned count only where no pass left its own in the parameters."""
+        self.losses = self.losses or self.returned_losses
+        self.returned_losses = []
 
     def absorb(self, later: Window) -> None:
         """Add what was read in a window that belongs to the same step."""
