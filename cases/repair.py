@@ -4,7 +4,7 @@ python cases/repair.py                    # every program; what is recommended i
 python cases/repair.py --only vgg,relu    # some programs: their lines, no files
 
 A program is repaired by a treatment where it says so itself at its end, untouched but for `isograd run --apply`, with
-every seed. Beside the recommended treatment stand, on the same seeds: a remedy of the catalogue drawn at random, the
+every seed. Beside the recommended treatment stand, with the first seed: a remedy of the catalogue drawn at random, the
 learning rate divided by ten, and gradients clipped to a global norm of 1.
 """
 
@@ -124,19 +124,13 @@ def applicable(case: Case) -> list[tuple[str, ...]]:
     return list({t.texts: t.texts for t in options if t.changes and t.applicability == "automatic"})
 
 
-def jobs_of(case: Case, best: tuple[str, ...], seeds: Iterable[int]) -> list[Treated]:
-    """The treated runs of a program: every arm with every seed, those of a remedy at random drawn anew each time."""
-    pool = applicable(case)
-    found = []
-    for seed in seeds:
-        draw = default_rng(list(f"{case.name} {seed}".encode()))
-        chosen = {"recommended": best, "random": pool[draw.integers(len(pool))], "rate": (RATE,), "clip": (CLIP,)}
-        found += [
-            Treated(case=case, variant="faulty", seed=seed, arm=arm, treatment=chosen[arm])
-            for arm in ARMS
-            if chosen[arm]
-        ]
-    return found
+def jobs_of(case: Case, best: tuple[str, ...], seeds: Sequence[int]) -> list[Treated]:
+    """The treated runs of a program: what is recommended with every seed, the others with the first."""
+    pool, first = applicable(case), seeds[0]
+    chosen = default_rng(list(case.name.encode())).integers(len(pool))
+    others = {"random": pool[chosen], "rate": (RATE,), "clip": (CLIP,)}
+    wanted = [("recommended", seed, best) for seed in seeds if best] + [(a, first, t) for a, t in others.items()]
+    return [Treated(case=case, variant="faulty", seed=seed, arm=arm, treatment=t) for arm, seed, t in wanted]
 
 
 def repair(case: Case, seeds: Sequence[int], *, jobs: int) -> Repair:

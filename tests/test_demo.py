@@ -25,40 +25,44 @@ def tour(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "isograd", "demo"], capture_output=True, text=True, cwd=folder, timeout=240
+        [sys.executable, "-m", "isograd", "demo"], capture_output=True, text=True, cwd=folder, timeout=600
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return folder, done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_the_tour_ends_well(tour):
-    """The tour ends with status 0, which says that the sick network was found sick and the healthy one healthy."""
+    """The tour ends with status 0: the sick network is found sick, the healthy one healthy, and a cure is verified."""
     _, done, _ = tour
 
     assert 0 == done.returncode, done.stderr
-    verdicts = [line for line in done.stderr.splitlines() if line.startswith("isograd: ")]
-    assert [True, True] == [verdicts[0].startswith("isograd: not healthy"), verdicts[1].startswith("isograd: healthy")]
+    verdicts = [line.split(",")[0].split(".")[0] for line in done.stderr.splitlines() if line.startswith("isograd: ")]
+    assert ["isograd: not healthy", "isograd: healthy", "isograd: healthy"] == verdicts
 
 
 def test_the_first_cause_is_the_activation(tour):
     """The sick network's first cause is saturating-activations, its signal vanishes; the healthy one has no cause."""
     folder, _, _ = tour
-    sick, healthy = (isograd.diagnose(path) for path in sorted((folder / "isograd-runs").iterdir()))
+    sick, healthy, cured = (isograd.diagnose(path) for path in sorted((folder / "isograd-runs").iterdir()))
 
     assert "saturating-activations" == sick.causes[0].finding.name
     assert "vanishing-gradients" in [symptom.name for symptom in sick.causes[0].symptoms]
     assert () == healthy.at_least("warning")
+    assert () == cured.at_least("warning")
 
 
 def test_one_learns_and_the_other_does_not(tour):
-    """The accuracy on unseen digits that the programs print is chance for the one and above 85 % for the other."""
+    """The accuracy on unseen digits that the programs print is chance for the one, far above it for the healthy one,
+    and for the sick one once it is treated by what the tour found.
+    """
     _, done, _ = tour
     told = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("accuracy on digits")]
-    sick, healthy = (float(accuracy.rstrip("%")) for accuracy in told)
+    sick, healthy, cured = (float(accuracy.rstrip("%")) for accuracy in told)
 
     # Chance on 297 images: 10 % with a standard error of 1.7 %.
     assert sick < 20
     assert healthy > 85
+    assert cured > 85
 
 
 def test_the_tour_shows_the_programs(tour):
@@ -90,11 +94,11 @@ def test_commands_of_the_tour_exist(tour):
     assert [0, 1, 0] == statuses
 
 
-def test_the_tour_takes_less_than_a_minute(tour):
-    """The tour takes less processor time than two cores have in 60 s, whatever else the machine does."""
+def test_the_tour_takes_less_than_three_minutes(tour):
+    """The tour takes less processor time than two cores have in 180 s, whatever else the machine does."""
     _, _, seconds = tour
 
-    assert seconds < 120
+    assert seconds < 360
 
 
 @pytest.mark.parametrize("absent", ["torch", "sklearn"])

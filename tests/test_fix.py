@@ -1,9 +1,11 @@
 """Trials and the search for a treatment, on real programs in processes of their own."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def test_a_program_that_hangs_is_ended_with_its_children(program):
 def fixed(program, *options):
     """(status, JSON) of `isograd fix --json`."""
     command = [sys.executable, "-m", "isograd", "fix", "--json", *options, *program.args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=str(program.args[0])[: -len("/train.py")])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(program.args[0]).parent)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -103,8 +105,9 @@ def test_a_healthy_program_has_nothing_to_fix(program):
 
 
 def test_a_sigmoid_tower_is_cured(program):
-    """Ten sigmoid layers that learn nothing: a treatment is found and verified on other seeds."""
-    status, told = fixed(program(layers=SICK, steps=300))
+    """Ten sigmoid layers that learn nothing: a treatment is found and verified on other seeds, and `run` applies it."""
+    sick = program(layers=SICK, steps=300)
+    status, told = fixed(sick)
 
     best = told["trials"][told["best"]]
     assert 0 == status
@@ -112,3 +115,53 @@ def test_a_sigmoid_tower_is_cured(program):
     assert best["effect"]["low"] > 0
     assert 3 == best["pairs"]
     assert best["code"]
+    assert told["seconds"] > told["baseline_seconds"] > 0
+
+    texts = [best["treatment"]] if isinstance(best["treatment"], str) else best["treatment"]
+    applied = subprocess.run(
+        [sys.executable, "-m", "isograd", "run", *[part for text in texts for part in ("--apply", text)], "train.py"],
+        capture_output=True, text=True, cwd=Path(sick.args[0]).parent,
+    )  # fmt: skip
+    assert "Applied from step 0 on" in applied.stderr
+
+
+def test_chance_is_measured_where_a_program_does_not_repeat(program):
+    """A program that seeds itself from the clock differs from itself; the search says by how much."""
+    twice = HEALTHY + "\nmodel.append(nn.Softmax(1))"
+    _, told = fixed(program(layers="torch.seed()\n" + twice, steps=100), "--seeds", "2")
+    _, repeated = fixed(program(layers=twice, steps=100), "--seeds", "2")
+
+    assert told["noise"] > 0
+    assert 0 == repeated["noise"]
+
+
+def test_a_trial_that_takes_too_much_memory_is_ended(program):
+    """A run above its memory limit is ended with its words, and what it recorded until then is kept."""
+    hungry = program(steps=100_000, extra="kept = globals().setdefault('kept', []); kept.append(torch.ones(2**20))")
+    arm = run_trial(Trial(program=hungry, memory=2**30, seconds=120))
+
+    assert "memory limit of 1024 MiB" in arm.error
+
+
+def test_ctrl_c_prints_what_is_known(program, tmp_path):
+    """Interrupted after the first runs, the search prints the table of what has been tried, and ends with status 1."""
+    mark = tmp_path / "runs"
+    extra = f"open({str(mark)!r}, 'a').write('.') if step == 0 else None"
+    sick = program(layers=SICK, steps=100, extra=extra)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "isograd", "fix", "--json", "--jobs", "1", *sick.args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    # The program as it is, a wave of four, and the first of the verifying runs.
+    while process.poll() is None and time.monotonic() < deadline and (not mark.exists() or len(mark.read_text()) < 6):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    told = json.loads(out)
+
+    assert 1 == process.returncode, err
+    assert told["interrupted"]
+    assert 3 <= len(told["trials"])
+    assert told["best"] is None
+    assert "Traceback" not in err

@@ -33,7 +33,10 @@ def treated(*wanted):
     applier = Applier(wanted, on_event=lambda kind, data: None, on_refusal=refusals.append)
     APPLIED.append(applier)
     applier.listen()
-    yield applier.undo, refusals
+    try:
+        yield applier.undo, refusals
+    finally:
+        applier.stop()
 
 
 def plain(depth, width, activation):
