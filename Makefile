@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench cases zoo clean
+.PHONY: demo test lint bench cases repairs zoo clean
 
 demo: .venv/demo
 	@$(BIN)/isograd demo
@@ -21,6 +21,10 @@ lint: .venv/dev
 # `make cases RESCORE=1` judges what was recorded before by the rules as they are now.
 cases: .venv/dev
 	@$(BIN)/python cases/score.py $(if $(RESCORE),--rescore)
+
+# What `isograd fix` makes of the faulty programs; after `make cases`.
+repairs: .venv/dev
+	@$(BIN)/python cases/repair.py
 
 # `make zoo FRESH=1` records healthy programs anew that are recorded and unchanged.
 zoo: .venv/dev

@@ -1,7 +1,8 @@
 """Lets `isograd fix` treat every faulty program of `programs/`; writes REPAIRS.md and repairs.json beside this file.
 
 python cases/repair.py                    # every program; what is recommended is applied with seeds 0, 1 and 2
-python cases/repair.py --only vgg,relu    # some programs: their lines, no files
+python cases/repair.py --only vgg,relu    # some programs; the others' results stay
+python cases/repair.py --report           # REPAIRS.md written anew from repairs.json
 
 A program is repaired by a treatment where it says so itself at its end, untouched but for `isograd run --apply`, with
 every seed. Beside the recommended treatment stand, with the first seed: a remedy of the catalogue drawn at random, the
@@ -18,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +36,7 @@ from isograd._treat import every_treatment, treat
 
 HERE = Path(__file__).parent
 ROOT = HERE / "runs" / "repairs"
+RESULTS = HERE / "repairs.json"
 RATE, CLIP = "lower-learning-rate:factor=0.1", "clip-gradient-norm:max_norm=1.0"
 ARMS = ("recommended", "random", "rate", "clip")
 LABELS = {
@@ -50,13 +52,10 @@ class Repair:
     """What became of one program.
 
     `treatments`: of each arm with each seed what `--apply` was given; `repaired`: whether the program then called
-    itself so. `ratio`: seconds of the search over those of the untreated run in it. `reachable`: whether any change
-    from outside of the program's source can help, else `why` none can.
+    itself so. `ratio`: seconds of the search over those of the untreated run in it.
     """
 
     case: str
-    reachable: bool
-    why: str
     status: int
     causes: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
@@ -143,8 +142,6 @@ def repair(case: Case, seeds: Sequence[int], *, jobs: int) -> Repair:
     baseline = found.get("baseline", {})
     return Repair(
         case=case.name,
-        reachable=not case.unreachable,
-        why=case.unreachable,
         status=status,
         causes=tuple(cause["cause"] for cause in baseline.get("causes", ())),
         confirmed=tuple(baseline.get("confirmed", ())),
@@ -159,70 +156,83 @@ def repair(case: Case, seeds: Sequence[int], *, jobs: int) -> Repair:
 
 # ---- the report ---------------------------------------------------------------------------------------------------
 
+Healthy = Sequence[tuple[str, int, float]]
+"""Name, exit status and seconds of the search in each healthy program."""
 
-def share(repairs: Sequence[Repair], arm: str) -> tuple[int, int]:
-    """Programs that an arm repaired with every seed, and all of them."""
-    whole = [all(one.repaired[arm]) and bool(one.repaired[arm]) for one in repairs]
-    return sum(whole), len(whole)
+
+def is_repaired(one: Repair, arm: str) -> bool:
+    """Whether an arm repaired the program with every seed that was tried."""
+    return bool(one.repaired[arm]) and all(one.repaired[arm])
 
 
 def line(one: Repair) -> str:
     """One program for the terminal."""
     marks = " ".join(f"{arm} {sum(one.repaired[arm])}/{len(one.repaired[arm])}" for arm in ARMS)
-    text = " + ".join(one.treatments["recommended"][0]) if one.treatments["recommended"] else "-"
-    outcome = one.outcome if one.reachable else "unreachable"
-    return f"{one.case:38s} {outcome[:12]:12s} {text:60s} {marks} x{one.ratio:.1f}"
+    return f"{one.case:38s} {one.outcome[:12]:12s} {_recommended(one):60s} {marks} x{one.ratio:.1f}"
 
 
-def document(repairs: Sequence[Repair], healthy: Sequence[tuple[str, int, float]]) -> str:
-    """REPAIRS.md."""
-    reachable = [one for one in repairs if one.reachable]
-    wrong = [one for one in repairs if one.repaired["recommended"] and not any(one.repaired["recommended"])]
-    ratios = [one.ratio for one in repairs]
-    count = sum(bool(one.treatments["recommended"]) for one in repairs)
+def document(repairs: Sequence[Repair], healthy: Healthy, why: Mapping[str, str]) -> str:
+    """REPAIRS.md. `why`: of each program, why nothing but another source can repair it; "" where a change may."""
+    reachable = [one for one in repairs if not why[one.case] or is_repaired(one, "recommended")]
+    recommended = [one for one in repairs if one.treatments["recommended"]]
+    wrong = [one.case for one in recommended if not any(one.repaired["recommended"])]
+    ratios = [one.ratio for one in repairs if one.seconds]
+    beyond = [[one.case, why[one.case]] for one in repairs if one not in reachable]
+    fix_head = ["program", "causes found", "recommended", "outcome", "repaired", "random", "rate", "clip", "time"]
     parts = [
         "# What `isograd fix` repairs",
-        __doc__.split("\n\n")[-1].strip(),
+        "Written by `python cases/repair.py`. " + (__doc__ or "").split("\n\n")[-1].strip(),
         f"{len(repairs)} faulty programs; {len(reachable)} of the faults can be reached from outside of the source.",
-        _table(
-            ["", "repaired, of the reachable", "repaired, of all", "treated runs that end repaired"],
-            [_arm_row(arm, repairs, reachable) for arm in ARMS],
-        ),
-        f"Recommended, and repaired with no seed: {len(wrong)} of {count}.",
+        _table(["", "repaired, of the reachable", "repaired, of all"], [_arm(a, repairs, reachable) for a in ARMS]),
+        f"Recommended for {len(recommended)} programs, and repaired with no seed: {', '.join(wrong) or 'none'}.",
         f"Time of the search over that of the faulty run: median {median(ratios):.1f}, worst {max(ratios):.1f}.",
-        "## Programs\n\n" + _table(
-            ["program", "causes found", "recommended", "outcome", "repaired", "random", "rate", "clip", "time"],
-            [_row(one) for one in repairs],
-        ),
-        "## Out of reach\n\n" + _table(["program", "why"], [[r.case, r.why] for r in repairs if not r.reachable]),
-        "## Healthy programs\n\n" + _table(
-            ["program", "status", "seconds"], [[name, str(status), f"{s:.1f}"] for name, status, s in healthy]
-        ),
-    ]  # fmt: skip
+        "## Programs",
+        _table(fix_head, [_row(one) for one in repairs]),
+        "## Out of reach",
+        _table(["program", "why"], beyond),
+        "## Healthy programs",
+        _table(["program", "status", "seconds"], [[name, str(status), f"{s:.1f}"] for name, status, s in healthy]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def _arm_row(arm: str, repairs: Sequence[Repair], reachable: Sequence[Repair]) -> list[str]:
-    done, all_of = share(reachable, arm)
-    every, total = share(repairs, arm)
-    runs = [verdict for one in repairs for verdict in one.repaired[arm]]
+def _arm(arm: str, repairs: Sequence[Repair], reachable: Sequence[Repair]) -> list[str]:
+    done, total = sum(is_repaired(one, arm) for one in reachable), max(1, len(reachable))
     return [
         LABELS[arm],
-        f"{done} of {all_of} ({done / max(1, all_of):.0%})",
-        f"{every} of {total}",
-        f"{sum(runs)} of {len(runs)}",
+        f"{done} of {len(reachable)} ({done / total:.0%})",
+        str(sum(is_repaired(one, arm) for one in repairs)),
     ]
 
 
 def _row(one: Repair) -> list[str]:
-    text = " + ".join(one.treatments["recommended"][0]) if one.treatments["recommended"] else ""
+    text = _recommended(one)
     marks = [f"{sum(one.repaired[arm])}/{len(one.repaired[arm])}" if one.repaired[arm] else "" for arm in ARMS]
     return [one.case, ", ".join(one.causes), f"`{text}`" if text else "", one.outcome, *marks, f"{one.ratio:.1f}"]
+
+
+def _recommended(one: Repair) -> str:
+    return " + ".join(one.treatments["recommended"][0]) if one.treatments["recommended"] else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body])
+
+
+def _write(repairs: Sequence[Repair], healthy: Healthy) -> None:
+    content = {"schema": 1, "repairs": [asdict(one) for one in repairs], "healthy": healthy}
+    RESULTS.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    why = {case.name: case.unreachable for case in read_cases()}
+    (HERE / "REPAIRS.md").write_text(document(repairs, healthy, why), encoding="utf-8")
+
+
+def read_results() -> tuple[list[Repair], list[tuple[str, int, float]]]:
+    """What repairs.json holds."""
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Repair)}
+    repairs = [Repair(**{k: v for k, v in one.items() if k in known}) for one in content["repairs"]]
+    return repairs, [(name, status, seconds) for name, status, seconds in content["healthy"]]
 
 
 def main() -> int:
@@ -231,22 +241,26 @@ def main() -> int:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[""], metavar="PART,…")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--report", action="store_true", help="write REPAIRS.md from repairs.json")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    chosen = [case for case in read_cases() if any(part in case.name for part in options.only)]
-    repairs, healthy = [], []
-    for case in chosen:
+    if options.report:
+        _write(*read_results())
+        return 0
+    found, calm = read_results() if RESULTS.exists() else ([], [])
+    repairs, healthy = {one.case: one for one in found}, {one[0]: one for one in calm}
+    for case in read_cases():
+        if not any(part in case.name for part in options.only):
+            continue
         if case.accepted:
-            repairs.append(repair(case, options.seeds, jobs=options.jobs))
-            print(line(repairs[-1]), flush=True)
+            repairs[case.name] = repair(case, options.seeds, jobs=options.jobs)
+            print(line(repairs[case.name]), flush=True)
         else:
             status, _, seconds = fixed(case, jobs=options.jobs)
-            healthy.append((case.name, status, seconds))
+            healthy[case.name] = case.name, status, seconds
             print(f"{case.name:38s} healthy: status {status}, {seconds:.1f} s", flush=True)
-    if options.only == [""]:
-        content = {"schema": 1, "repairs": [asdict(one) for one in repairs], "healthy": healthy}
-        (HERE / "repairs.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (HERE / "REPAIRS.md").write_text(document(repairs, healthy), encoding="utf-8")
+        # After every program: a study of half an hour may be interrupted.
+        _write([repairs[name] for name in sorted(repairs)], [healthy[name] for name in sorted(healthy)])
     return 0
 
 

@@ -19,8 +19,8 @@ from isograd.testing import altered, plain_network
 
 CASES = Path(__file__).parents[1] / "cases"
 sys.path.append(str(CASES))  # also for the processes that are forked
-baselines, catalog, judge, record, score, scoreboard, tables = map(
-    importlib.import_module, ("baselines", "catalog", "judge", "record", "score", "scoreboard", "tables")
+baselines, catalog, judge, record, repair, score, scoreboard, tables = map(
+    importlib.import_module, ("baselines", "catalog", "judge", "record", "repair", "score", "scoreboard", "tables")
 )
 
 ALL = {case.name: case for case in catalog.read_cases()}
@@ -418,3 +418,40 @@ def test_forked_program_is_recorded_like_a_command(tmp_path, repository):
     timed = {"step_seconds", "watch_seconds"}
     for name in set(a.series) - timed:
         np.testing.assert_array_equal(a[name].values, b[name].values, err_msg=name)
+
+
+# ---- repairs -------------------------------------------------------------------------------------------------------
+
+
+def repaired(name, *verdicts, **others):
+    """A program whose recommended treatment had these verdicts; without any, nothing was recommended."""
+    treatments = {"recommended": [["zero-gradients"]] * len(verdicts), **{arm: [["x"]] for arm in repair.ARMS[1:]}}
+    told = {"recommended": list(verdicts), **{arm: [others.get(arm, False)] for arm in repair.ARMS[1:]}}
+    return repair.Repair(case=name, status=0, seconds=20.0, ratio=4.0, treatments=treatments, repaired=told)
+
+
+def test_repairs_are_counted_by_program():
+    """A program is repaired if every seed is; what is out of reach is told with the reason."""
+    repairs = [repaired("a", True, True), repaired("b", True, False, clip=True), repaired("c"), repaired("d", False)]
+    page = repair.document(repairs, [("e", 1, 2.0)], {"a": "", "b": "", "c": "It is too late.", "d": ""})
+
+    assert "| `isograd fix` | 1 of 3 (33%) | 1 |" in page
+    assert "| clip at 1.0 | 1 of 3 (33%) | 1 |" in page
+    assert "repaired with no seed: d." in page
+    assert "| c | It is too late. |" in page
+    assert "median 4.0, worst 4.0" in page
+
+
+def test_what_is_out_of_reach_says_why():
+    """Each program that no change from outside can repair says so in a sentence."""
+    assert [] == [case.name for case in ALL.values() if case.unreachable and not case.unreachable.endswith(".")]
+
+
+def test_published_repairs_are_of_these_programs(repository):
+    """repairs.json has every program once, and REPAIRS.md is what is made of it."""
+    repairs, healthy = repair.read_results()
+    page = repair.document(repairs, healthy, {name: case.unreachable for name, case in ALL.items()})
+
+    assert sorted(ALL) == sorted([*(one.case for one in repairs), *(name for name, *_ in healthy)])
+    assert page == (repository / "cases" / "REPAIRS.md").read_text(encoding="utf-8")
+    assert all(status == 1 for _, status, _ in healthy)

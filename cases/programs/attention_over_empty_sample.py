@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("invalid-operation",)
+UNREACHABLE = "Which positions are masked is settled in the program's own forward pass."
 
 
 class Classifier(nn.Module):

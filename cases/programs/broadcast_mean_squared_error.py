@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("broadcast-loss",)
+UNREACHABLE = "Two shapes that do not fit meet in the program's own loss."
 
 
 def main():

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("parameters-unreached",)
+UNREACHABLE = "The graph is cut inside of the program's own forward pass."
 
 
 class LearnedGraph(nn.Module):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("replica-drift",)
+UNREACHABLE = "Which of two objects the loop calls stands in its source."
 
 
 def train(rank, port, seed, fixed, answers):

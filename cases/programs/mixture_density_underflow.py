@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("invalid-operation",)
+UNREACHABLE = "The logarithm of zero is taken in the program's own loss."
 COMPONENTS = 5
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("parameters-unreached", "frozen-parameters")
+UNREACHABLE = "Which row counts as padding is settled where the embedding is made."
 
 
 def main():

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("bootstrapped-target", "learning-rate-too-high")
+UNREACHABLE = "Which network gives the targets stands in the program's source."
 
 
 def main():

@@ -35,6 +35,9 @@ WAVE = 3
 """Candidates of one wave: with the untreated run beside the first one, two rounds of two jobs. Where the first wave has
 what helps, the whole search takes three times the time of the program: 1 + 4/4/2 + 6/2/2."""
 
+SLOWER, HANGS = 5.0, 30.0
+"""A treated run that takes so many times the time of the untreated one, and so many s, is given up."""
+
 FINALISTS = 2
 """Verified at most, the second where the first does not resolve its cause; where everything is tried, three are."""
 
@@ -131,11 +134,16 @@ class Search:
     options: Options = field(default_factory=dict)
     report: Report = lambda stage, done, total: None
     _runs: dict[str, list[Arm]] = field(default_factory=dict, init=False)
+    _patience: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._patience = self.limit
 
     def run(self) -> Fix:
         """Search until something is verified or nothing is left. Ctrl-C ends it with what is known."""
         began = time.perf_counter()
         (first,) = self._arms("the program as it is", [self._trial()])
+        self._patience = min(self.limit, max(HANGS, SLOWER * first.seconds))
         fix = Fix(diagnosis=first.diagnosis, steps=first.steps, baseline_seconds=first.seconds, error=first.error)
         if first.steps and (not first.diagnosis.healthy or self.every):
             *_, fix = self._stages(first, fix)
@@ -230,7 +238,7 @@ class Search:
         return first.steps if self.steps else max(_screening_steps(first), first.steps // 2)
 
     def _trial(self, **what: Any) -> Trial:
-        limits = {"seconds": self.limit, "memory": self.memory, "threads": self.threads}
+        limits = {"seconds": self._patience, "memory": self.memory, "threads": self.threads}
         return Trial(program=self.program, **{"steps": self.steps, **limits, **what})
 
     def _arms(self, stage: str, trials: Sequence[Trial]) -> list[Arm]:
@@ -303,17 +311,18 @@ def _cut(arm: Arm, steps: int) -> Arm:
 
 
 def _ranked(tried: Sequence[Tried]) -> list[Tried]:
-    """What resolves its cause without harm comes first, then what lowers the loss.
+    """What leaves nothing to treat comes first, then what resolves its cause without harm, then what lowers the loss.
 
-    Effects of half the largest and more count as equal, and what treats the cause best goes first: a short run favors
-    whatever starts fastest.
+    Effects within an order of magnitude of the largest count as equal, and what suits the cause best goes first: a
+    short run favors whatever starts fastest, which a larger learning rate always does.
     """
     largest = max((one.verdict.effect.value for one in tried if math.isfinite(one.verdict.effect.value)), default=0.0)
 
-    def order(one: Tried) -> tuple[bool, bool, bool, float, float]:
+    def order(one: Tried) -> tuple[bool, bool, bool, bool, float, float]:
         effect = one.verdict.effect.value
         cured, matters = _promise(one)
-        return cured, matters, matters and effect >= largest / 2, one.treatment.score, effect
+        large = matters and effect >= largest / 10
+        return cured and large and not one.verdict.remaining, cured, matters, large, one.treatment.score, effect
 
     return sorted(tried, key=order, reverse=True)
 

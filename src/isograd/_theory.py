@@ -170,8 +170,12 @@ def gradient_factor(kind: str, q: float, *, weight_variance: float) -> float:
 
 @lru_cache(maxsize=4096)
 def critical_weight_variance(kind: str, q: float = 1.0) -> float:
-    """sigma_w^2 at which chi = 1 where pre-activations have variance q: 2 for ReLU, 1 for no activation."""
-    return 1.0 / mean_square_slope(kind, q)
+    """sigma_w^2 at which chi = 1 where pre-activations have variance q: 2 for ReLU, 1 for no activation.
+
+    Infinite where q is so large that a bounded activation's slope is 0 nearly everywhere.
+    """
+    slope = mean_square_slope(kind, q)
+    return 1.0 / slope if slope > 0 else math.inf
 
 
 def critical_std(kind: str, fan_in: int, q: float = 1.0) -> float:

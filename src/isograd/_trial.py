@@ -78,6 +78,8 @@ def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
     run = read_run(runs[-1].path)
     diagnosis = diagnose_run(run, options)
     history = next((h for h in run.histories if h.subject == trial.subject), run.histories[0])
+    if trial.steps is not None and history.num_steps >= trial.steps:
+        error = ""  # whatever the program did after it: its workers have ended, it may still wait for their answers
     return Arm.of(history, diagnosis, seed=trial.seed, error=error)
 
 
@@ -89,20 +91,40 @@ def _run_in_process(trial: Trial, out: Path) -> str:
     process = _context().Process(target=_child, args=(trial, out), daemon=False)
     process.start()
     limit, why = time.monotonic() + trial.seconds, ""
+    lost = 0
     try:
         while process.is_alive() and not why:
             process.join(0.05)
+            lost = 0 if _exists(process.pid) else lost + 1
+            if lost > _PATIENCE:
+                # Whoever was to report its end has ended too: a program may end processes that are not its own.
+                return "how it ended is not known"
             if time.monotonic() > limit:
                 why = f"it was ended at the time limit of {trial.seconds:.0f} s"
             elif trial.memory is not None and resident_memory(process.pid) > trial.memory:
                 why = f"it was ended at the memory limit of {trial.memory / 2**20:.0f} MiB"
     finally:
-        if process.is_alive():
-            _kill(process)
-        process.join()
+        if lost <= _PATIENCE:
+            if process.is_alive():
+                _kill(process)
+            process.join()
     if why or process.exitcode == 0:
         return why
     return _last_words(out) or f"it ended with status {process.exitcode}"
+
+
+_PATIENCE = 40
+"""Looks, 0.05 s apart, at a process that is gone until its status counts as lost."""
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _kill(process: Any) -> None:
@@ -119,7 +141,8 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["isograd._trial", "isograd._launch", "isograd._watch", "isograd.frameworks.torch"])
+    ours = ("_trial", "_launch", "_watch", "_progress", "_recorded", "frameworks.torch", "frameworks.torch._ahead")
+    context.set_forkserver_preload([f"isograd.{name}" for name in ours])
     return context
 
 

@@ -44,6 +44,7 @@ class InsertNormalization(Remedy):
         "saturating-activations",
         "unscaled-inputs",
         "dead-units",
+        "invalid-operation",
         "batch-statistics",
     )
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("output_rms", "up")

@@ -32,7 +32,7 @@ class StandardizeInputs(Remedy):
         LeCun et al. 1998, Efficient BackProp, section 4.3.
     """
 
-    treats: ClassVar[tuple[str, ...]] = ("unscaled-inputs", "saturating-activations")
+    treats: ClassVar[tuple[str, ...]] = ("unscaled-inputs", "saturating-activations", "invalid-operation")
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("output_rms", "down")
 
     batches: int = 8

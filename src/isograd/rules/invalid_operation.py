@@ -40,7 +40,7 @@ class InvalidOperation(Rule):
         not), data came in non-finite, or a gradient scaler skipped the step. A warning where weights stayed finite.
 
     Remedies
-        skip-bad-steps, raise-precision, scale-loss
+        skip-bad-steps, raise-precision, standardize-inputs, insert-normalization, scale-loss
 
     References
         PyTorch issues 41508 (masked softmax), 70348 (mean over nothing), 1620 (log of softmax); Blanchard, Higham &
@@ -73,7 +73,13 @@ class InvalidOperation(Rule):
         "loss-plateau",
         "undertrained",
     )
-    remedies: ClassVar[tuple[str, ...]] = ("skip-bad-steps", "raise-precision", "scale-loss")
+    remedies: ClassVar[tuple[str, ...]] = (
+        "skip-bad-steps",
+        "raise-precision",
+        "standardize-inputs",
+        "insert-normalization",
+        "scale-loss",
+    )
 
     runaway: float = 1000.0
     overflow: float = 1.8e19
