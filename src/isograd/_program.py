@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +96,21 @@ def main_activation(history: History) -> str:
     """The most frequent kind of hidden activation, or ""."""
     found = [layer.kind for layer in hidden_activations(history)]
     return max(sorted(set(found)), key=found.count, default="")
+
+
+def replace_modules(history: History, replacements: Mapping[str, str]) -> str:
+    """Code that puts modules in the place of others: `replacements` has an expression of `layer` for each name."""
+    expressions = dict.fromkeys(replacements.values())
+    loops = []
+    for expression in expressions:
+        names = ", ".join(f'"{name}"' for name, other in replacements.items() if other == expression)
+        listed = textwrap.fill(names, 88, initial_indent="    ", subsequent_indent="    ")
+        inline = f"for name in ({names},):"
+        loops.append(inline if len(inline) <= 88 else f"for name in (\n{listed},\n):")
+        if re.search(r"\blayer\b", expression):
+            loops.append(f"    layer = {history.subject}.get_submodule(name)")
+        loops.append(f"    {history.subject}.set_submodule(name, {expression})")
+    return "\n".join(["# when the model is made, before its optimizer:", *loops]) if loops else ""
 
 
 def short(value: float) -> float:

@@ -14,6 +14,8 @@ from torch.nn.functional import relu as imported_relu
 import isograd
 from isograd import _changes as changes
 from isograd.frameworks.torch import Applier
+from isograd.remedies.insert_normalization import InsertNormalization
+from isograd.remedies.replace_activations import ReplaceActivations
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +339,17 @@ def test_hidden_activations_of_the_same_kind_stay():
 
 # ---- normalization ----------------------------------------------------------------------------------------------
 
+
+def tower():
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 2))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)
+    )
+
+
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "group": lambda n: nn.GroupNorm(2, n), "rms": nn.RMSNorm}
 
 
@@ -380,6 +393,33 @@ def test_convolutions_are_normalized_over_their_channels(kind, norm):
     eps = torch.finfo(torch.float32).eps
     expected = raw / (raw.square().mean(1, keepdim=True) + eps).sqrt() if norm is None else norm(4)(raw).detach()
     torch.testing.assert_close(expected, seen[0])
+
+
+@pytest.mark.parametrize(
+    ("remedy", "make", "x"),
+    [
+        *[(InsertNormalization(kind=kind), tower, X) for kind in NORMS],
+        *[(InsertNormalization(kind=kind), tower, X.reshape(3, 4, 6)) for kind in NORMS],
+        *[(InsertNormalization(kind=kind), convolutional, IMAGES) for kind in ("batch", "layer", "group")],
+        *[(ReplaceActivations(target=target), tower, X) for target in ("relu", "leaky-relu", "gelu")],
+    ],
+)
+def test_the_code_to_paste_does_what_the_treatment_does(remedy, make, x, tmp_path):
+    """A model edited by the printed code computes what the treated one computes, with parameters of the same count."""
+    with isograd.watch(model := make(), optimizer := sgd(model), out=tmp_path, every=1) as run:
+        train(model, optimizer, x=x)
+    (history,) = run.histories()
+    torch.manual_seed(0)
+    pasted = make()
+    exec(remedy.code(history), {"model": pasted, "torch": torch})  # what a user does
+    with treated(*remedy.changes(history)):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = sgd(model)
+        treated_result = model(x)
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(pasted.parameters()))
+    torch.testing.assert_close(treated_result, pasted(x))
+    assert not torch.equal(make()(x), pasted(x))
 
 
 def test_layers_that_are_normalized_already_are_left_alone():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, cast, get_args
 
 from isograd import _changes
 from isograd._changes import Change, NormalizationKind
-from isograd._history import History
-from isograd._program import is_seen, weighted
+from isograd._history import History, Layer
+from isograd._program import NORMALIZATIONS, is_seen, replace_modules, weighted
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -19,7 +21,7 @@ class InsertNormalization(Remedy):
     """Normalize the outputs of hidden layers.
 
     What it does
-        `kind`: batch, layer, group (of up to 8 channels) or rms normalization behind every hidden linear or
+        `kind`: batch, layer, group (up to 32 groups) or rms normalization behind every hidden linear or
         convolution.
 
     When it helps
@@ -68,14 +70,33 @@ class InsertNormalization(Remedy):
         return (_changes.InsertNormalization(kind=cast("NormalizationKind", self.kind)),)
 
     def code(self, history: History) -> str:
-        lines = []
-        for layer in weighted(history)[:-1]:
-            size = layer.units or (layer.shape[-1] if layer.shape else 0)
-            made = {
-                "batch": f"BatchNorm{'2d' if layer.kind == 'conv' else '1d'}({size})",
-                "layer": f"GroupNorm(1, {size})" if layer.kind == "conv" else f"LayerNorm({size})",
-                "group": f"GroupNorm({max(g for g in range(1, 9) if not size % g) if size else 1}, {size})",
-                "rms": f"RMSNorm({size})",
-            }[self.kind]
-            lines.append(f"# after {layer.name}: torch.nn.{made}")
-        return "\n".join(lines)
+        order = sorted((layer for layer in history.layers if layer.role == "module"), key=lambda layer: layer.position)
+        followed = {before.name for before, after in pairwise(order) if after.kind in NORMALIZATIONS}
+        hidden = [layer for layer in weighted(history)[:-1] if layer.name not in followed]
+        # torch has no module that takes the mean square over axis 1.
+        lines = [f"# {x.name}: torch.nn.RMSNorm over its channels" for x in hidden if self._is_by_hand(x)]
+        made = {layer.name: self._normalized(layer) for layer in hidden if not self._is_by_hand(layer)}
+        return "\n".join(filter(None, [replace_modules(history, made), *lines]))
+
+    def _is_by_hand(self, layer: Layer) -> bool:
+        return layer.kind == "conv" and self.kind == "rms"
+
+    def _normalized(self, layer: Layer) -> str:
+        """An expression of the layer with its normalization behind it."""
+        size, rank = layer.units or (layer.shape[-1] if layer.shape else 0), len(layer.shape)
+        if layer.kind == "conv":
+            groups = 1 if self.kind == "layer" else math.gcd(32, size)
+            group = f"torch.nn.GroupNorm({groups}, {size})"
+            batch = f"torch.nn.BatchNorm{max(rank - 2, 1)}d({size})"
+            return f"torch.nn.Sequential(layer, {batch if self.kind == 'batch' else group})"
+        made = {
+            "batch": f"torch.nn.BatchNorm1d({size})",
+            "layer": f"torch.nn.LayerNorm({size})",
+            "group": f"torch.nn.GroupNorm({math.gcd(32, size)}, {size})",
+            "rms": f"torch.nn.RMSNorm({size})",
+        }[self.kind]
+        if rank > 2 and self.kind in ("batch", "group"):
+            # These take features at axis 1: every position is a row of its own.
+            axes = ", ".join(map(str, (-1, *layer.shape[1:-1])))
+            made = f"torch.nn.Flatten(0, {rank - 2}), {made}, torch.nn.Unflatten(0, ({axes}))"
+        return f"torch.nn.Sequential(layer, {made})"

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import BOUNDED, hidden_activations, kinds, main_activation
+from isograd._program import BOUNDED, hidden_activations, kinds, main_activation, replace_modules
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -65,9 +65,8 @@ class ReplaceActivations(Remedy):
         return (_changes.ReplaceActivations(sources=sources, target=self.target),)
 
     def code(self, history: History) -> str:
-        lines = [
-            f"{layer.name}: {layer.type} -> torch.nn.{_TYPES[self.target]}()"
-            for layer in hidden_activations(history)
-            if layer.kind != self.target
-        ]
-        return "\n".join(f"# {line}" for line in lines)
+        gone = [layer for layer in hidden_activations(history) if layer.kind != self.target]
+        modules = {layer.name: f"torch.nn.{_TYPES[self.target]}()" for layer in gone if layer.role == "module"}
+        calls = sorted({layer.type for layer in gone if layer.role == "operation"})
+        lines = [f"# in forward: torch.nn.functional.{self.target.replace('-', '_')} in place of {', '.join(calls)}"]
+        return "\n".join(filter(None, [replace_modules(history, modules), *(lines if calls else [])]))
