@@ -23,9 +23,12 @@ SICK = Diagnosis(run="", subjects=("model",), steps=600, causes=(Cause(finding=F
 def tried(*texts, outcome="inconclusive", value=0.0, half=math.inf, ends=((2.3, 2.3),), pairs=0):
     treatment = Treatment(remedies=tuple(map(parse, texts)), changes=(), cause=FAULT.name, code="the code")
     verdict = Verdict(
-        outcome=outcome, effect=Effect(value=value, low=value - half, high=value + half), ends=tuple(ends)
+        outcome=outcome,
+        effect=Effect(value=value, low=value - half, high=value + half),
+        ends=tuple(ends),
+        resolved=(FAULT.name,) if outcome == "resolved" else (),
     )
-    return Tried(treatment=treatment, verdict=verdict, seconds=12.3, verified=pairs)
+    return Tried(treatment=treatment, verdict=verdict, seconds=12.3, verified=pairs, steps=300)
 
 
 CURED = tried("insert-normalization", outcome="resolved", value=0.96, half=0.02, ends=[(2.3, 0.1)] * 3, pairs=3)

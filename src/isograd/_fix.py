@@ -47,12 +47,16 @@ SHARE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A treatment with its verdict: on one pair from the screening, or on `verified` pairs of other seeds."""
+    """A treatment with its verdict: on one pair from the screening, or on `verified` pairs of other seeds.
+
+    `seconds`: of its runs together. `steps`: of the longest of them.
+    """
 
     treatment: Treatment
     verdict: Verdict
     seconds: float
     verified: int = 0
+    steps: int = 0
 
     @property
     def recommended(self) -> bool:
@@ -65,6 +69,7 @@ class Tried:
             **self.treatment.to_dict(),
             **self.verdict.to_dict(),
             "pairs": self.verified or 1,
+            "steps": self.steps,
             "seconds": round(self.seconds, 3),
         }
 
@@ -74,7 +79,7 @@ class Fix:
     """What was found and what was tried, best first. `best` indexes `trials`.
 
     `diagnosis`: of the untreated program; `confirmed`: its causes that a treatment for them resolved. `noise`: the
-    effect of running the same program again, 0 where it is reproducible. `steps`: of verification.
+    effect of running the same program again, 0 where it is reproducible. `steps`: of the first verification.
     """
 
     diagnosis: Diagnosis
@@ -94,8 +99,8 @@ class Fix:
     @property
     def confirmed(self) -> tuple[str, ...]:
         """Causes that a treatment for them resolved."""
-        found = (t.treatment.cause for t in self.trials if t.recommended and t.verdict.outcome == "resolved")
-        return tuple(dict.fromkeys(cause for cause in found if cause))
+        cured = [t for t in self.trials if t.recommended and t.verdict.outcome == "resolved"]
+        return tuple(dict.fromkeys(cause for t in cured for cause in t.verdict.resolved if _is_for(t.treatment, cause)))
 
     def to_dict(self) -> dict[str, Any]:
         """`fix --json`, schema 1."""
@@ -231,7 +236,13 @@ class Search:
             self._runs.setdefault(str(arm), []).extend(done[place * len(seeds) : (place + 1) * len(seeds)])
         before, after = self._runs[str(None)], self._runs[str(treatment)]
         verdict = compare(before, after, cause=treatment.cause)
-        return Tried(treatment=treatment, verdict=verdict, seconds=sum(a.seconds for a in after), verified=len(after))
+        return Tried(
+            treatment=treatment,
+            verdict=verdict,
+            seconds=sum(arm.seconds for arm in after),
+            verified=len(after),
+            steps=max(arm.steps for arm in after),
+        )
 
     def _verification_steps(self, first: Arm) -> int:
         """Half of the run, unless the fault shows later; the whole of it where `steps` were asked for."""
@@ -285,6 +296,10 @@ def fix(
         return search.run()
 
 
+def _is_for(treatment: Treatment, cause: str) -> bool:
+    return cause == treatment.cause or any(cause in remedy.treats for remedy in treatment.remedies)
+
+
 def _subject_of(diagnosis: Diagnosis) -> History:
     """Where the first cause is."""
     causes = diagnosis.at_least("warning")
@@ -301,7 +316,12 @@ def _screening_steps(first: Arm) -> int:
 
 def _compared(untreated: Arm, candidates: Sequence[Treatment], arms: Sequence[Arm]) -> list[Tried]:
     return [
-        Tried(treatment=t, verdict=compare([untreated], [arm], cause=t.cause), seconds=arm.seconds)
+        Tried(
+            treatment=t,
+            verdict=compare([untreated], [arm], cause=t.cause),
+            seconds=arm.seconds,
+            steps=arm.steps,
+        )
         for t, arm in zip(candidates, arms, strict=True)
     ]
 

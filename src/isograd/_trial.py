@@ -91,40 +91,20 @@ def _run_in_process(trial: Trial, out: Path) -> str:
     process = _context().Process(target=_child, args=(trial, out), daemon=False)
     process.start()
     limit, why = time.monotonic() + trial.seconds, ""
-    lost = 0
     try:
         while process.is_alive() and not why:
             process.join(0.05)
-            lost = 0 if _exists(process.pid) else lost + 1
-            if lost > _PATIENCE:
-                # Whoever was to report its end has ended too: a program may end processes that are not its own.
-                return "how it ended is not known"
             if time.monotonic() > limit:
                 why = f"it was ended at the time limit of {trial.seconds:.0f} s"
             elif trial.memory is not None and resident_memory(process.pid) > trial.memory:
                 why = f"it was ended at the memory limit of {trial.memory / 2**20:.0f} MiB"
     finally:
-        if lost <= _PATIENCE:
-            if process.is_alive():
-                _kill(process)
-            process.join()
+        if process.is_alive():
+            _kill(process)
+        process.join()
     if why or process.exitcode == 0:
         return why
     return _last_words(out) or f"it ended with status {process.exitcode}"
-
-
-_PATIENCE = 40
-"""Looks, 0.05 s apart, at a process that is gone until its status counts as lost."""
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _kill(process: Any) -> None:

@@ -72,7 +72,7 @@ class FixTable:
         best = fix.trials[fix.best]
         confirmed = f" This confirms {', '.join(fix.confirmed)}." if fix.confirmed else ""
         return (
-            f"{best.treatment} {_DID[best.verdict.outcome]} on {best.verified} pairs of runs of {fix.steps} steps: "
+            f"{best.treatment} {_DID[best.verdict.outcome]} on {best.verified} pairs of runs of {best.steps} steps: "
             f"effect {best.verdict.effect} of the progress made.{confirmed} The code:"
         )
 

@@ -94,7 +94,8 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the pairs say. `ends`: (untreated, treated) per seed, in the loss's own unit.
+    """What the pairs say. `ends`: (untreated, treated) per seed: mean of the finite losses of the last quarter of the
+    steps compared, in the loss's own unit; NaN for a run that broke.
 
     `resolved`: causes at warning or above of every untreated run that no treated run has; `remaining`: those that every
     untreated and some treated run has; `introduced`: causes that a treated run has and no untreated one. `time_ratio`:
@@ -117,7 +118,7 @@ class Verdict:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Mean end of the untreated and of the treated runs; NaN without pairs."""
+        """Mean end of the untreated and of the treated runs; NaN without pairs, and where one of them broke."""
         before, after = zip(*self.ends, strict=True) if self.ends else ((math.nan,), (math.nan,))
         return sum(before) / len(before), sum(after) / len(after)
 
@@ -158,7 +159,8 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
     if not pairs:
         nothing = Effect(value=math.nan, low=-math.inf, high=math.inf)
         return Verdict(outcome="inconclusive", effect=nothing, why="no run of the program reached an optimizer step")
-    ends, effect = _effect(pairs)
+    steps = [_common_steps(a, b) for a, b in pairs]
+    effect = _effect(pairs, steps)
     before = [_alarms(a.diagnosis) for a, _ in pairs]
     after = [_alarms(b.diagnosis) for _, b in pairs]
     resolved = set[str].intersection(*before) - set[str]().union(*after)
@@ -172,7 +174,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
     return Verdict(
         outcome=outcome,
         effect=effect,
-        ends=tuple(ends),
+        ends=tuple((_end(a, n), _end(b, n)) for (a, b), n in zip(pairs, steps, strict=True)),
         resolved=tuple(sorted(resolved)),
         remaining=tuple(sorted(remaining)),
         introduced=tuple(sorted(introduced)),
@@ -181,8 +183,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
     )
 
 
-def _effect(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[list[tuple[float, float]], Effect]:
-    steps = [_common_steps(a, b) for a, b in pairs]
+def _effect(pairs: Sequence[tuple[Arm, Arm]], steps: Sequence[int]) -> Effect:
     starts = [_start(a, b) for a, b in pairs]
     ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
     lowest = min(min(pair) for pair in ends)
@@ -190,7 +191,7 @@ def _effect(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[list[tuple[float, float]]
     spread = max(abs(a - b) for a, b in ends)
     # Where no run got below its start, there is no progress to share: the start itself is the yardstick.
     unit = scale if scale > 0 else max(spread, abs(float(np.median(starts))), 1e-30)
-    return ends, interval([(a - b) / unit for a, b in ends])
+    return interval([(a - b) / unit for a, b in ends])
 
 
 def interval(effects: Sequence[float]) -> Effect:
@@ -230,12 +231,17 @@ def _start(*arms: Arm) -> float:
     )
 
 
-def _end(arm: Arm, steps: int, start: float) -> float:
-    """Mean of the last quarter of the losses up to `steps`, none above `start`; `start` for a run that broke."""
+def _end(arm: Arm, steps: int, start: float = math.nan) -> float:
+    """Mean of the last quarter of the losses up to `steps`; NaN for a run that broke.
+
+    With a `start`, as the effect counts it: whatever is not finite or above it, and a run that broke, is at its start.
+    """
     losses = arm.losses[:steps]
     last = losses[-max(1, steps // 4) :]
     if not len(last) or not np.isfinite(last[-1]) or (arm.error and arm.steps < steps):
         return start
+    if math.isnan(start):
+        return float(np.mean(last[np.isfinite(last)]))
     return float(np.mean(np.where(np.isfinite(last), np.minimum(last, start), start)))
 
 
