@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ClipMethod = Literal["value", "norm", "tensor-norm", "adaptive", "percentile", "z-score"]
-ScheduleShape = Literal["warm-up", "linear", "step", "exponential", "inverse-sqrt", "cosine", "plateau"]
+ScheduleShape = Literal["constant", "warm-up", "linear", "step", "exponential", "inverse-sqrt", "cosine", "plateau"]
 InitializationMethod = Literal[
     "xavier", "kaiming", "orthogonal", "lsuv", "critical", "fixup", "forget-bias", "chrono", "identity-recurrence"
 ]
@@ -61,7 +61,8 @@ class SetHyperparameter:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleLearningRate:
-    """Multiply the program's own learning rate with a schedule, from the first optimizer step on.
+    """Multiply the program's own learning rate with a schedule, from the first optimizer step on; "constant" holds the
+    largest rate that the program has set so far.
 
     `steps`: the steps over which it runs (the steps of the warm-up; the period of "step"). `end`: the factor at its
     end ("linear", "exponential", "cosine"), or at each period ("step", "plateau").

@@ -221,14 +221,17 @@ def _common_steps(a: Arm, b: Arm) -> int:
 
 
 def _start(*arms: Arm) -> float:
-    """The lower of what the runs begin with; 0 where no loss is finite: such a pair shows no progress.
+    """The lower of what the runs begin with; 0 where no loss is finite: such a pair shows no progress."""
+    return min((level for level in map(_level, arms) if math.isfinite(level)), default=0.0)
 
-    Medians of a twentieth of the steps: the loss of one small batch may be anything.
+
+def _level(arm: Arm) -> float:
+    """What a run begins with: the median of a twentieth of the steps, for the loss of one small batch may be anything;
+    that of the first five where it is higher, for a fast run has learned by then. NaN where no loss is finite.
     """
-    early = (arm.losses[: max(1, arm.steps // 20)] for arm in arms)
-    return min(
-        (float(np.median(losses[np.isfinite(losses)])) for losses in early if np.isfinite(losses).any()), default=0.0
-    )
+    early = arm.losses[: max(1, arm.steps // 20)]
+    medians = [np.median(losses[np.isfinite(losses)]) for losses in (early, early[:5]) if np.isfinite(losses).any()]
+    return float(max(medians, default=math.nan))
 
 
 def _end(arm: Arm, steps: int, start: float = math.nan) -> float:

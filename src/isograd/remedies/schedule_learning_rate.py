@@ -10,7 +10,7 @@ from isograd import _changes
 from isograd._changes import Change, ScheduleShape
 from isograd._history import History
 from isograd._program import largest_learning_rate
-from isograd._remedy import Inapplicable, Remedy
+from isograd._remedy import Remedy
 from isograd._rule import Finding
 
 
@@ -19,7 +19,7 @@ class ScheduleLearningRate(Remedy):
     """Follow another learning-rate schedule.
 
     What it does
-        `shape`: constant (the largest rate that the program set, throughout), or one of linear, step, exponential,
+        `shape`: constant (the largest rate that the program has set so far), or one of linear, step, exponential,
         inverse-sqrt, cosine, plateau: a factor on the program's own rate, from 1 to `end` over `steps`.
 
     When it helps
@@ -45,7 +45,7 @@ class ScheduleLearningRate(Remedy):
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        known = ("constant", *get_args(ScheduleShape))
+        known = get_args(ScheduleShape)
         if self.shape not in known:
             raise ValueError(f"schedule-learning-rate: shape is one of {', '.join(known)}, not {self.shape!r}")
 
@@ -55,11 +55,6 @@ class ScheduleLearningRate(Remedy):
         yield cls(shape="constant" if decayed else "cosine")
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if self.shape == "constant":
-            rate = largest_learning_rate(history)
-            if rate is None:
-                raise Inapplicable("The optimizer has no learning rate to hold.")
-            return (_changes.SetHyperparameter(name="lr", value=rate),)
         steps = self.steps or max(1, history.num_steps)
         return (_changes.ScheduleLearningRate(shape=cast("ScheduleShape", self.shape), steps=steps, end=self.end),)
 

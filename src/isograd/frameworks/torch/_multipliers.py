@@ -59,6 +59,26 @@ class Constant:
         return None
 
 
+class Held:
+    """The largest rate that the program has set so far: it may rise, as in a warm-up, and never falls again."""
+
+    def __init__(self) -> None:
+        self._largest: dict[int, float] = {}
+
+    def begin(self, rates: Sequence[float]) -> None:
+        self._largest = dict(enumerate(rates)) | self._largest
+
+    def rate(self, index: int, own: Any) -> Any:
+        largest = self._largest[index] = max(float(own), self._largest.get(index, 0.0))
+        return torch.full_like(own, largest) if isinstance(own, Tensor) else largest
+
+    def see_loss(self, tensors: Sequence[Tensor]) -> None:
+        return None
+
+    def advance(self) -> None:
+        return None
+
+
 class Scheduled:
     """A scheduler of torch on an optimizer without weights whose own rate is 1."""
 
@@ -119,6 +139,8 @@ def multiplier_of(change: SetHyperparameter | _changes.ScheduleLearningRate) -> 
     """The multiplier of a change. Raises CannotApply for what torch's scheduler does not take."""
     if isinstance(change, SetHyperparameter):
         return Constant(value=change.value, factor=change.factor)
+    if change.shape == "constant":
+        return Held()
     try:
         if change.shape == "plateau":
             return Plateau(change.end or 0.1, change.steps)
