@@ -137,6 +137,21 @@ def test_proposals_begin_with_the_rule_s_own_first_choice():
     assert first.code
 
 
+def test_what_a_remedy_goes_with_is_proposed_with_it_and_it_alone_after_that():
+    """New activations come with weights drawn for them; both forms stand in the list, the combination first."""
+    found = [t.texts for t in treat(sick())]
+
+    assert found.index(("replace-activations", "reinitialize-layers")) < found.index(("replace-activations",))
+
+
+@every_remedy
+def test_what_a_remedy_goes_with_exists(remedy):
+    """The texts can be applied, and name another remedy."""
+    for candidate in remedy.candidates(plain_network()):
+        for text in candidate.goes_with():
+            assert parse(text).remedy_name() != remedy.remedy_name()
+
+
 def test_proposals_fall_in_score_and_are_told_once():
     """The order is by score, and no treatment stands there twice."""
     found = treat(sick())

@@ -155,6 +155,57 @@ def test_a_transient_does_not_dwarf_what_is_learned():
     assert 0.4 < verdict.effect.value < 1
 
 
+def test_what_learns_within_a_twentieth_keeps_its_progress():
+    """A run that is done after a few steps began where the untreated one stands."""
+    fast = [Arm(seed=s, losses=np.r_[300.0, 200.0, 90.0, np.full(397, 3.0)], diagnosis=diagnosis()) for s in range(3)]
+    verdict = compare(arms(301, 300, 299, start=302, steps=400), fast)
+
+    assert "improved" == verdict.outcome
+    assert verdict.effect.low > 0.9
+
+
+def test_rare_spikes_are_cut_and_nan_is_not():
+    """A step in twenty may be anything finite; a loss that is NaN once in the last quarter is a run that broke."""
+    spiked, broken = (arms(0.1, 0.12, 0.09) for _ in range(2))
+    for run in spiked:
+        run.losses[90] = 1e30
+    for run in broken:
+        run.losses[90] = np.nan
+
+    assert "improved" == compare(arms(2.3, 2.2, 2.3), spiked).outcome
+    assert not compare(arms(2.3, 2.2, 2.3), broken).helps
+    assert math.isnan(compare(arms(2.3, 2.2, 2.3), broken).means[1])
+
+
+def test_noise_above_the_start_is_no_progress():
+    """Losses that swing about twice the start are as far from learning as those that stay at it."""
+    noisy = [Arm(seed=s, losses=2.3 * default_rng(s).uniform(0, 4, 400), diagnosis=diagnosis()) for s in range(3)]
+    for run in noisy:
+        run.losses[:20] = 2.3
+
+    assert compare(noisy, arms(2.0, 2.1, 2.0, steps=400)).helps
+
+
+def test_a_loss_that_moves_with_its_networks_decides_nothing():
+    """Where the target is the network's own, a lower loss is no better one, and nothing is recommended for it."""
+    verdict = compare(
+        arms(2.3, 2.2, 2.3, causes=["bootstrapped-target"]), arms(0.1, 0.1, 0.2), cause="bootstrapped-target"
+    )
+
+    assert "inconclusive" == verdict.outcome
+    assert "learns as well" in verdict.why
+
+
+def test_what_is_chosen_from_shares_one_measure():
+    """Of two treated runs on one seed the better one sets the progress in which both are told."""
+    best = arms(0.1)
+    alone = compare(arms(2.3), arms(2.1)).effect.value
+    beside = compare(arms(2.3), arms(2.1), others=best).effect.value
+
+    start = 2.1 + 0.2 * math.exp(-2 / 5)  # the median of the first five steps
+    assert (1.0, pytest.approx((start - 2.1) / (start - 0.1), rel=0.01)) == (pytest.approx(alone), beside)
+
+
 def test_the_table_is_student_s():
     """Quantiles of Student's t from its density, integrated numerically."""
     for freedom in range(1, 10):

@@ -141,7 +141,9 @@ class ClipUpdates:
 
 @dataclass(frozen=True, kw_only=True)
 class ReinitializeLayers:
-    """Draw the weights of `layers` (all with weights where empty) afresh before the first step."""
+    """Draw the weights of `layers` afresh before the first step. Where empty: of all with weights, and every other
+    trained matrix whose entries are all equal.
+    """
 
     method: InitializationMethod
     layers: tuple[str, ...] = ()

@@ -6,7 +6,7 @@
    has resolved its cause.
 3. *Verification*: the best of them run on other seeds, paired with untreated runs, for half of the run; where that does
    not decide, on as many seeds more for the whole of it. Only this counts, so that luck in the screening does not. If
-   the best leaves causes, it is tried together with the best for one of them.
+   the best leaves causes, or brings others, it is tried together with the best for one of them.
 
 Screening and verification are successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943) with two rungs.
 """
@@ -20,6 +20,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from isograd._changes import SetHyperparameter
 from isograd._diagnose import Diagnosis
 from isograd._history import History
 from isograd._remedy import Treatment
@@ -40,6 +41,9 @@ SLOWER, HANGS = 5.0, 30.0
 
 FINALISTS = 2
 """Verified at most, the second where the first does not resolve its cause; where everything is tried, three are."""
+
+TIMES = 6
+"""What the search may take in times of the untreated run: no stage begins that would take it beyond that."""
 
 SHARE = 4
 """Screening runs for a quarter of the steps, unless the fault shows later."""
@@ -140,25 +144,33 @@ class Search:
     report: Report = lambda stage, done, total: None
     _runs: dict[str, list[Arm]] = field(default_factory=dict, init=False)
     _patience: float = field(init=False)
+    _yardstick: Arm = field(init=False)
+    _began: float = field(default=0.0, init=False)
+    _whole: float = field(default=0.0, init=False)
+    _pace: float = field(default=0.0, init=False)
+    _short: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._patience = self.limit
 
     def run(self) -> Fix:
         """Search until something is verified or nothing is left. Ctrl-C ends it with what is known."""
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         (first,) = self._arms("the program as it is", [self._trial()])
         self._patience = min(self.limit, max(HANGS, SLOWER * first.seconds))
+        self._whole = first.seconds
         fix = Fix(diagnosis=first.diagnosis, steps=first.steps, baseline_seconds=first.seconds, error=first.error)
         if first.steps and (not first.diagnosis.healthy or self.every):
             *_, fix = self._stages(first, fix)
-        return replace(fix, seconds=time.perf_counter() - began)
+        return replace(fix, seconds=time.perf_counter() - self._began)
 
     def _stages(self, first: Arm, fix: Fix) -> Iterator[Fix]:
         """The state of the search after each stage."""
         try:
             history = _subject_of(first.diagnosis)
-            candidates = self._candidates(first.diagnosis, history)
+            candidates = self._candidates(first.diagnosis)
+            if self.every:
+                candidates = list({str(t): t for t in (*candidates, *every_treatment(history))}.values())
             screened, noise = self._screen(first, candidates, history.subject)
             fix = replace(fix, trials=tuple(screened), noise=noise)
             yield fix
@@ -166,27 +178,27 @@ class Search:
         except KeyboardInterrupt:
             yield replace(fix, interrupted=True)
 
-    def _candidates(self, diagnosis: Diagnosis, history: History) -> list[Treatment]:
-        proposed = [t for t in treat(diagnosis) if t.changes and t.applicability == "automatic"]
-        if not self.every:
-            return proposed[:CANDIDATES]
-        return list({str(t): t for t in (*proposed, *every_treatment(history))}.values())
+    def _candidates(self, diagnosis: Diagnosis) -> list[Treatment]:
+        return [t for t in treat(diagnosis) if t.changes and t.applicability == "automatic"][:CANDIDATES]
 
     def _screen(self, first: Arm, candidates: Sequence[Treatment], subject: str) -> tuple[list[Tried], float]:
-        steps = _screening_steps(first)
+        self._short = steps = _screening_steps(first)
         size = len(candidates) if self.every else WAVE
         waves = [candidates[i : i + size] for i in range(0, len(candidates), size)] or [()]
-        again, *arms = self._arms(
+        self._yardstick, *arms = self._arms(
             "trying treatments",
             [self._trial(steps=steps, subject=subject), *self._screening(waves[0], steps, subject)],
         )
-        tried = _compared(again, waves[0], arms)
+        runs = list(zip(waves[0], arms, strict=True))
         for wave in waves[1:]:
-            if any(all(_promise(one)) for one in tried):
+            if any(all(_promise(one)) for one in _compared(self._yardstick, runs)) or not self._affords(
+                len(wave), steps
+            ):
                 break
-            tried += _compared(again, wave, self._arms("trying treatments", self._screening(wave, steps, subject)))
-        noise = abs(compare([_cut(first, steps)], [again]).effect.value)
-        return _ranked(tried), noise
+            arms = self._arms("trying treatments", self._screening(wave, steps, subject))
+            runs += zip(wave, arms, strict=True)
+        noise = abs(compare([_cut(first, steps)], [self._yardstick]).effect.value)
+        return _ranked(_compared(self._yardstick, runs)), noise
 
     def _screening(self, wave: Sequence[Treatment], steps: int, subject: str) -> list[Trial]:
         return [self._trial(changes=t.changes, steps=steps, subject=subject) for t in wave]
@@ -195,17 +207,21 @@ class Search:
         steps = self._verification_steps(first)
         fix = replace(fix, steps=steps)
         chance = max(MATTERS, 2 * fix.noise)
-        promising = {t.treatment.remedies[0].remedy_name(): t for t in reversed(fix.trials) if _is_promising(t, chance)}
-        finalists = [t for t in fix.trials if t in promising.values()][: FINALISTS + self.every]
+        promising = [tried for tried in fix.trials if _is_promising(tried, chance)]
+        families = {_family(tried): tried for tried in reversed(promising)}
+        # Different remedies first, then other forms of them.
+        finalists = sorted(promising, key=lambda tried: tried is not families[_family(tried)])
         if not finalists:
             return
-        fix = yield from self._compete(fix, finalists, subject, steps)
+        fix = yield from self._compete(fix, finalists[: FINALISTS + self.every], subject, steps)
         undecided = [t for t in fix.trials if t.verified and t.verdict.outcome == "inconclusive"]
-        if undecided and fix.best is None:
-            # Twice as many pairs, these of whole runs: a null treatment is called an improvement in at most 5 % still.
+        longer = first.steps if self._affords(2 * self.seeds, first.steps) else steps
+        if undecided and fix.best is None and self._affords(2 * self.seeds, longer):
+            # Twice as many pairs, of whole runs where that can be: a null treatment is called an improvement in at most
+            # 5 % still.
             likeliest = max(undecided, key=lambda t: t.verdict.effect.value).treatment
             seeds = range(self.seeds + 1, 2 * self.seeds + 1)
-            yield _with(fix, self._tried(likeliest, [None, likeliest], seeds, first.steps, subject))
+            yield _with(fix, self._tried(likeliest, [None, likeliest], seeds, longer, subject))
 
     def _compete(self, fix: Fix, finalists: Sequence[Tried], subject: str, steps: int) -> Generator[Fix, None, Fix]:
         waiting = [tried.treatment for tried in finalists]
@@ -213,14 +229,41 @@ class Search:
         arms: list[Treatment | None] = [None, waiting[0]]
         fix = _with(fix, self._tried(waiting.pop(0), arms, seeds, steps, subject))
         yield fix
-        partner = _partner(fix)
-        if partner is not None:
-            waiting.insert(0, combine(fix.trials[0].treatment, partner.treatment))
-        while waiting and (self.every or not _is_cure(fix.trials[0])):
+        extended = self._extended(fix, subject)
+        if extended is not None:
+            waiting.insert(0, extended)
+        while waiting and (self.every or (not _is_cure(fix.trials[0]) and self._affords(self.seeds, steps))):
             treatment = waiting.pop(0)
             fix = _with(fix, self._tried(treatment, [treatment], seeds, steps, subject))
             yield fix
         return fix
+
+    def _extended(self, fix: Fix, subject: str) -> Treatment | None:
+        """The first treatment with another, where it helps and is no cure: of the best that were tried for causes that
+        stay, those that the treated program's own diagnosis proposes, and the second best, what does most in screening.
+        """
+        first, *rest = fix.trials
+        if not first.recommended or _is_cure(first):
+            return None
+        others = [t.treatment for t in rest if _adds(first.treatment, t.treatment) and t.verdict.outcome != "worse"]
+        suited = [t for t in others if t.cause in first.verdict.remaining]
+        treated = self._runs[str(first.treatment)][0].diagnosis
+        new = [t for t in self._candidates(treated) if _adds(first.treatment, t)]
+        partners = list({str(t): t for t in (*suited, *new)}.values())[:WAVE] or others[:1]
+        wave = [combine(first.treatment, partner) for partner in partners]
+        steps = self._short
+        if len(wave) < 2 or not self._affords(len(wave), steps):
+            return next(iter(wave), None)
+        arms = self._arms("trying treatments", self._screening(wave, steps, subject))
+        return _ranked(_compared(self._yardstick, list(zip(wave, arms, strict=True))))[0].treatment
+
+    def _affords(self, runs: int, steps: int) -> bool:
+        """Whether so many runs more, at the pace of the last ones, stay within what the search may take.
+
+        Where everything is to be tried, they do.
+        """
+        elapsed = time.perf_counter() - self._began
+        return self.every or elapsed + runs * steps * self._pace <= TIMES * self._whole
 
     def _tried(
         self, treatment: Treatment, arms: Sequence[Treatment | None], seeds: Sequence[int], steps: int, subject: str
@@ -254,6 +297,7 @@ class Search:
 
     def _arms(self, stage: str, trials: Sequence[Trial]) -> list[Arm]:
         """The runs of trials, in their order; the same trial is run once."""
+        began = time.perf_counter()
         self.report(stage, 0, len(trials))
         futures = [self.executor.submit(run_trial, trial, self.options) for trial in trials]
         try:
@@ -263,7 +307,9 @@ class Search:
             for future in futures:
                 future.cancel()
             raise
-        return [future.result() for future in futures]
+        arms = [future.result() for future in futures]
+        self._pace = (time.perf_counter() - began) / max(1, sum(arm.steps for arm in arms))
+        return arms
 
 
 def fix(
@@ -314,15 +360,17 @@ def _screening_steps(first: Arm) -> int:
     return min(first.steps, max(first.steps // SHARE, 20, 2 * (shows + 1)))
 
 
-def _compared(untreated: Arm, candidates: Sequence[Treatment], arms: Sequence[Arm]) -> list[Tried]:
+def _compared(untreated: Arm, runs: Sequence[tuple[Treatment, Arm]]) -> list[Tried]:
+    """One pair for each treatment, all in the same measure."""
+    others = [arm for _, arm in runs]
     return [
         Tried(
-            treatment=t,
-            verdict=compare([untreated], [arm], cause=t.cause),
+            treatment=treatment,
+            verdict=compare([untreated], [arm], cause=treatment.cause, others=others),
             seconds=arm.seconds,
             steps=arm.steps,
         )
-        for t, arm in zip(candidates, arms, strict=True)
+        for treatment, arm in runs
     ]
 
 
@@ -333,18 +381,52 @@ def _cut(arm: Arm, steps: int) -> Arm:
 def _ranked(tried: Sequence[Tried]) -> list[Tried]:
     """What leaves nothing to treat comes first, then what resolves its cause without harm, then what lowers the loss.
 
-    Effects within an order of magnitude of the largest count as equal, and what suits the cause best goes first: a
-    short run favors whatever starts fastest, which a larger learning rate always does.
+    Effects within an order of magnitude of the largest count as equal, and the remedy that suits the cause best goes
+    first: a short run favors whatever starts fastest, which a larger learning rate always does. Of the forms of one
+    remedy those go first that have half of their largest effect.
     """
-    largest = max((one.verdict.effect.value for one in tried if math.isfinite(one.verdict.effect.value)), default=0.0)
+    families: dict[str, list[Tried]] = {}
+    for one in tried:
+        families.setdefault(_family(one), []).append(one)
+    largest = _largest_effect(tried)
 
-    def order(one: Tried) -> tuple[bool, bool, bool, bool, float, float]:
-        effect = one.verdict.effect.value
+    def order(one: Tried) -> tuple[float, ...]:
+        effect, family = one.verdict.effect.value, families[_family(one)]
         cured, matters = _promise(one)
         large = matters and effect >= largest / 10
-        return cured and large and not one.verdict.remaining, cured, matters, large, one.treatment.score, effect
+        suits = max(other.treatment.score for other in family)
+        form = effect >= _largest_effect(family) / 2
+        return (
+            cured and large and not one.verdict.remaining,
+            cured,
+            matters,
+            large,
+            suits,
+            form,
+            one.treatment.score,
+            effect,
+        )
 
     return sorted(tried, key=order, reverse=True)
+
+
+def _family(tried: Tried) -> str:
+    """The name of its first remedy."""
+    return tried.treatment.remedies[0].remedy_name()
+
+
+def _adds(treatment: Treatment, other: Treatment) -> bool:
+    """Whether the other one changes other things: no remedy and no hyperparameter that this one has."""
+
+    def changed(treatment: Treatment) -> set[str]:
+        rates = {change.name for change in treatment.changes if isinstance(change, SetHyperparameter)}
+        return rates | {remedy.remedy_name() for remedy in treatment.remedies}
+
+    return changed(treatment).isdisjoint(changed(other))
+
+
+def _largest_effect(tried: Sequence[Tried]) -> float:
+    return max((one.verdict.effect.value for one in tried if math.isfinite(one.verdict.effect.value)), default=0.0)
 
 
 def _promise(tried: Tried) -> tuple[bool, bool]:
@@ -364,16 +446,6 @@ def _is_promising(tried: Tried, chance: float) -> bool:
 def _is_cure(tried: Tried) -> bool:
     """Whether nothing is left to treat."""
     return tried.verdict.outcome == "resolved" and not tried.verdict.remaining
-
-
-def _partner(fix: Fix) -> Tried | None:
-    """What to add to the first treatment where it helps and leaves causes: the best for one of them, or the second."""
-    first, *rest = fix.trials
-    if not first.recommended or _is_cure(first):
-        return None
-    others = [t for t in rest if t.treatment.remedies[0].remedy_name() != first.treatment.remedies[0].remedy_name()]
-    suited = [t for t in others if t.treatment.cause in first.verdict.remaining]
-    return next((t for t in (*suited, *others) if t.verdict.outcome != "worse"), None)
 
 
 def _with(fix: Fix, tried: Tried) -> Fix:

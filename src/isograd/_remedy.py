@@ -50,6 +50,10 @@ class Remedy(ABC):
         del history, cause
         yield cls()
 
+    def goes_with(self) -> tuple[str, ...]:
+        """Texts of remedies that it is better applied together with: proposed with and without them."""
+        return ()
+
     @abstractmethod
     def changes(self, history: History) -> tuple[Change, ...]:
         """What to change. Raises Inapplicable where the program has no place for it; empty for advice."""

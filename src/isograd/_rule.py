@@ -80,6 +80,7 @@ class Rule(ABC):
     `explains`: for causes, the symptoms that it accounts for, and the causes that it brings about (a rate that is too
     high kills units): they are shown under it.
     `remedies`: names of remedies that treat it, best first.
+    `moves_objective`: a lower loss is then no better one: what it is compared with is made by networks that learn.
     """
 
     stage: ClassVar[Stage]
@@ -87,6 +88,7 @@ class Rule(ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     explains: ClassVar[tuple[str, ...]] = ()
     remedies: ClassVar[tuple[str, ...]] = ()
+    moves_objective: ClassVar[bool] = False
 
     @classmethod
     def rule_name(cls) -> str:

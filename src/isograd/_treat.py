@@ -100,12 +100,23 @@ def _proposals(cause: Cause, history: History) -> Iterator[Treatment]:
     for rank, name in enumerate(cause.remedies):
         if name not in REMEDIES:
             continue
-        for place, remedy in enumerate(REMEDIES[name].candidates(history, cause.finding)):
+        candidates = list(REMEDIES[name].candidates(history, cause.finding))
+        forms = [form for remedy in candidates for form in _forms(remedy, history, cause.finding.name)]
+        for place, treatment in enumerate(forms):
             fit = 1 / (1 + rank) / (1 + place)
-            score = cause.finding.confidence * fit * SAFETY[remedy.applicability]
-            treatment = _resolved(remedy, history, cause.finding.name, score)
-            if treatment is not None:
-                yield treatment
+            yield replace(treatment, score=cause.finding.confidence * fit * SAFETY[treatment.applicability])
+
+
+def _forms(remedy: Remedy, history: History, cause: str) -> Iterator[Treatment]:
+    """The remedy together with what it goes with, then alone; nothing where the program has no place for it."""
+    alone = _resolved(remedy, history, cause, 0.0)
+    if alone is None:
+        return
+    others = [_resolved(parse(text), history, cause, 0.0) for text in remedy.goes_with()]
+    together = [other for other in others if other is not None]
+    if together:
+        yield combine(alone, *together)
+    yield alone
 
 
 def _resolved(remedy: Remedy, history: History, cause: str | None, score: float) -> Treatment | None:

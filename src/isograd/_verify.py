@@ -1,17 +1,17 @@
 """Did it help? The verdict on a treatment from paired runs of the same program, with and without it.
 
 Each seed gives a pair: the untreated run and the treated one, at equal steps, judged by the program's own loss. A
-pair's *start* is the lower of what its two runs begin with (medians of their first twentieth): what a treatment of the
+pair's *start* is the lower of what its two runs begin with (see `_level`): what a treatment of the
 data or the initialization removes before anything is learned (losses of thousands from unscaled inputs) is no progress,
-and does not dwarf what is. A run's
-*end* is the mean loss of its last quarter, where a step above the start, or without a finite loss, counts as the start:
-a spike is lost progress, however high. The *effect* of a pair is
+and does not dwarf what is. A run's *end* is the mean loss of its last quarter, where the worst twentieth of the steps
+counts as the worst of the others, and at most the start: what is above it is lost progress, however high. The *effect*
+of a pair is
 
     (end untreated - end treated) / (start - lowest end of any run in the comparison)
 
 the share of the progress that was made anywhere which the treatment adds: 1 where the program stands still without
-it, 0 where it changes nothing, below 0 where it harms. It does not depend on the loss's unit or offset. A run that ends
-in NaN, Inf or an exception has made no progress: its end is its start.
+it, 0 where it changes nothing, below 0 where it harms. It does not depend on the loss's unit or offset. A run that has
+NaN or Inf in its last quarter, or raises, has made no progress: its end is its start.
 
 The interval is Student's t over the pairs (two-sided 95 %): a treatment that does nothing is called an improvement in
 at most 2.5 % of comparisons, as far as pairs are normal. Which treatment is compared has to be chosen on other seeds.
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from isograd._diagnose import Diagnosis
 from isograd._history import History
 from isograd._robust import median
+from isograd.rules import RULES
 
 Outcome = Literal["resolved", "improved", "no-effect", "worse", "inconclusive"]
 
@@ -94,8 +95,8 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the pairs say. `ends`: (untreated, treated) per seed: mean of the finite losses of the last quarter of the
-    steps compared, in the loss's own unit; NaN for a run that broke.
+    """What the pairs say. `ends`: (untreated, treated) per seed: mean loss of the last quarter of the steps
+    compared, in the loss's own unit; NaN for a run that broke.
 
     `resolved`: causes at warning or above of every untreated run that no treated run has; `remaining`: those that every
     untreated and some treated run has; `introduced`: causes that a treated run has and no untreated one. `time_ratio`:
@@ -148,9 +149,12 @@ class Verdict:
         }
 
 
-def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | None = None) -> Verdict:
+def compare(
+    untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | None = None, others: Sequence[Arm] = ()
+) -> Verdict:
     """The verdict on runs of equal seeds with and without a treatment; seeds that only one side has are left out.
 
+    `others`: runs with other treatments, whose progress counts as made: what is chosen from has to share one measure.
     `cause`: what the treatment is for; with it gone from every treated run and the loss improved, it is resolved.
     Without a pair the outcome is inconclusive.
     """
@@ -160,7 +164,7 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
         nothing = Effect(value=math.nan, low=-math.inf, high=math.inf)
         return Verdict(outcome="inconclusive", effect=nothing, why="no run of the program reached an optimizer step")
     steps = [_common_steps(a, b) for a, b in pairs]
-    effect = _effect(pairs, steps)
+    effect = _effect(pairs, steps, others)
     before = [_alarms(a.diagnosis) for a, _ in pairs]
     after = [_alarms(b.diagnosis) for _, b in pairs]
     resolved = set[str].intersection(*before) - set[str]().union(*after)
@@ -168,6 +172,10 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
     introduced = set[str]().union(*after) - set[str]().union(*before)
     failed = [b for _, b in pairs if b.error and not any(a.error == b.error for a, _ in pairs)]
     outcome = "worse" if failed else _outcome(effect)
+    why = f"the treated program fails: {failed[0].error}" if failed else ""
+    moves = any(RULES[name].moves_objective for name in set[str]().union(*before))
+    if moves and outcome in ("improved", "worse") and not failed:
+        outcome, why = "inconclusive", "what the loss is compared with learns as well: a lower loss is no better one"
     if outcome == "improved" and (cause in resolved if cause else resolved) and not introduced:
         outcome = "resolved"
     times = [b.step_seconds / a.step_seconds for a, b in pairs if a.step_seconds > 0]
@@ -179,14 +187,15 @@ def compare(untreated: Sequence[Arm], treated: Sequence[Arm], *, cause: str | No
         remaining=tuple(sorted(remaining)),
         introduced=tuple(sorted(introduced)),
         time_ratio=float(np.median(times)) if times else math.nan,
-        why=f"the treated program fails: {failed[0].error}" if failed else "",
+        why=why,
     )
 
 
-def _effect(pairs: Sequence[tuple[Arm, Arm]], steps: Sequence[int]) -> Effect:
+def _effect(pairs: Sequence[tuple[Arm, Arm]], steps: Sequence[int], others: Sequence[Arm]) -> Effect:
     starts = [_start(a, b) for a, b in pairs]
     ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
-    lowest = min(min(pair) for pair in ends)
+    elsewhere = [_end(arm, n, start) for arm in others for n, start in zip(steps, starts, strict=True)]
+    lowest = min([*map(min, ends), *elsewhere])
     scale = max(start - lowest for start in starts)
     spread = max(abs(a - b) for a, b in ends)
     # Where no run got below its start, there is no progress to share: the start itself is the yardstick.
@@ -237,15 +246,15 @@ def _level(arm: Arm) -> float:
 def _end(arm: Arm, steps: int, start: float = math.nan) -> float:
     """Mean of the last quarter of the losses up to `steps`; NaN for a run that broke.
 
-    With a `start`, as the effect counts it: whatever is not finite or above it, and a run that broke, is at its start.
+    With a `start`, as the effect counts it: at most that, also for a run that broke, and the worst twentieth cut.
     """
     losses = arm.losses[:steps]
-    last = losses[-max(1, steps // 4) :]
-    if not len(last) or not np.isfinite(last[-1]) or (arm.error and arm.steps < steps):
+    last = np.sort(losses[-max(1, steps // 4) :])
+    if not len(last) or not np.isfinite(last).all() or (arm.error and arm.steps < steps):
         return start
     if math.isnan(start):
-        return float(np.mean(last[np.isfinite(last)]))
-    return float(np.mean(np.where(np.isfinite(last), np.minimum(last, start), start)))
+        return float(np.mean(last))
+    return min(start, float(np.mean(np.minimum(last, last[(len(last) - 1) * 19 // 20]))))
 
 
 def _alarms(diagnosis: Diagnosis) -> set[str]:

@@ -454,6 +454,23 @@ def test_a_plateau_lowers_the_rate_when_the_loss_stands_still():
     assert used[-1] < 0.6
 
 
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_a_constant_schedule_holds_the_largest_rate_so_far(tensor):
+    """A warm-up goes on; what takes the rate down again, to 0 even, is held off; the program's own rate stays."""
+    rates, seen = [0.1, 0.2, 0.4, 0.04, 0.0, 0.0], []
+    weight = torch.zeros(3, requires_grad=True)
+    with treated(changes.ScheduleLearningRate(shape="constant", steps=1)):
+        optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.1) if tensor else 0.1)
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = torch.tensor(rate) if tensor else rate
+            before = weight.detach().clone()
+            weight.grad = torch.ones(3)
+            optimizer.step()
+            seen.append(float((before - weight.detach())[0]))
+            assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(rate)
+    assert pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4, 0.4], rel=1e-5) == seen
+
+
 def test_an_optimizer_made_anew_goes_on_in_the_schedule():
     """A loop that constructs its optimizer every epoch does not warm up every epoch."""
     p = loose()

@@ -239,6 +239,49 @@ def test_every_gates_recurrent_matrix_is_orthogonal(cls, gates):
     for matrix in model["rnn"].weight_hh_l0.detach().chunk(gates):
         torch.testing.assert_close(torch.eye(6), matrix @ matrix.T, atol=1e-5, rtol=0)
     assert torch.equal(head, model["head"].weight)
+    biases = [b for name, b in model["rnn"].named_parameters() if name.startswith("bias")]
+    assert (cls is nn.RNN) == (not any(bias.any() for bias in biases))  # gates keep the biases that they were given
+
+
+class Adapter(nn.Module):
+    """A low-rank product of the program's own, a constant scale and a random table."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.zeros(4, 20)), nn.Parameter(torch.ones(64, 4))
+        self.scale, self.table = nn.Parameter(torch.ones(64)), nn.Parameter(torch.randn(8, 20))
+        self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["module", "loose"])
+def test_matrices_of_one_value_are_drawn_wherever_they_are(held):
+    """Outside of torch's layers matrices of equal entries get Glorot's variance, and undo puts them back."""
+    adapter = Adapter()
+    tensors = (
+        list(adapter.parameters())
+        if held
+        else [p.detach().requires_grad_(p.requires_grad) for p in adapter.parameters()]
+    )
+    before = [t.detach().clone() for t in tensors]
+    with treated(changes.ReinitializeLayers(method="kaiming")) as (undo, refusals):
+        torch.optim.SGD([t for t in tensors if t.requires_grad], lr=0.1)
+        assert [False, False, True, True, True] == [torch.equal(a, t) for a, t in zip(before, tensors, strict=True)]
+        assert refusals == []
+        # The variance of 80 and 256 uniform numbers has a standard error of at most 10 %.
+        assert pytest.approx(2 / 24, rel=0.4) == float(tensors[0].detach().var())
+        assert pytest.approx(2 / 68, rel=0.4) == float(tensors[1].detach().var())
+        undo()
+    assert all(torch.equal(a, t) for a, t in zip(before, tensors, strict=True))
+
+
+def test_other_changes_to_a_model_are_refused_for_loose_tensors():
+    """Without a module there is nothing to normalize, and the sentence says so."""
+    loose = torch.zeros(4, 4, requires_grad=True)
+    with treated(changes.InsertNormalization(kind="batch")) as (_, refusals):
+        optimizer = torch.optim.SGD([loose], lr=0.1)
+        loose.square().sum().backward()
+        optimizer.step()
+    assert ["The program trains loose tensors: there is no module to change."] == refusals
 
 
 # ---- the program's own randomness -------------------------------------------------------------------------------

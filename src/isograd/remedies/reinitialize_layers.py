@@ -50,7 +50,8 @@ class ReinitializeLayers(Remedy):
         `method`: xavier (Var 2 / (fan_in + fan_out)), kaiming (2 / fan_in, for rectifiers), orthogonal, lsuv
         (orthogonal, then each layer scaled to unit output on a batch), critical (weight and bias variance at the
         critical point of GELU and SiLU), fixup (residual branches), forget-bias (LSTM forget gate +1), chrono (gate
-        biases for long memory), identity-recurrence (recurrent weights = identity).
+        biases for long memory), identity-recurrence (recurrent weights = identity). Matrices of the program's own are
+        drawn where all their entries are equal.
 
     When it helps
         Zero or badly scaled weights; plain deep networks: torch's default draws Var 1 / (3 fan_in), six times too small
@@ -99,7 +100,8 @@ class ReinitializeLayers(Remedy):
         yield cls(method="lsuv")
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        if is_seen(history) and not weighted(history) and not kinds(history) & RECURRENT:
+        has_matrix = any(len(parameter.shape) > 1 for parameter in history.parameters)
+        if is_seen(history) and not weighted(history) and not kinds(history) & RECURRENT and not has_matrix:
             raise Inapplicable("No layer with weights was seen.")
         return (_changes.ReinitializeLayers(method=cast("InitializationMethod", self.method)),)
 

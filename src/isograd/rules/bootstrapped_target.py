@@ -63,6 +63,7 @@ class BootstrappedTarget(Rule):
         "unscaled-targets",
     )
     remedies: ClassVar[tuple[str, ...]] = ("clip-gradient-norm", "lower-learning-rate")
+    moves_objective: ClassVar[bool] = True
 
     growth: float = 100.0
     early: float = 10.0

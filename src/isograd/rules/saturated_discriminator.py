@@ -55,6 +55,7 @@ class SaturatedDiscriminator(Rule):
     uses: ClassVar[tuple[str, ...]] = ("loss_nonfinite",)
     explains: ClassVar[tuple[str, ...]] = ("vanishing-gradients", "loss-plateau", "no-gradient", "loss-divergence")
     remedies: ClassVar[tuple[str, ...]] = ("lower-learning-rate", "change-optimizer")
+    moves_objective: ClassVar[bool] = True
 
     won: float = 0.05
     starved: float = 1e-3

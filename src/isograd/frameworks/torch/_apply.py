@@ -184,15 +184,20 @@ class Applier:
             self._note_applied(_changes.SkipBadSteps(), "")
 
     def _change_models(self, roots: Sequence[nn.Module], optimizer: Optimizer) -> None:
-        if self._model_changes and not roots:
-            for change in self._model_changes:
-                self._refused.setdefault(change, "The program trains loose tensors: there is no module to change.")
-        for root in roots:
-            if self._model_changes and all(known.site.root is not root for known in self._models_changed):
-                model = _ChangedModel(Site(root, optimizer, Passage(root)))
+        if not self._model_changes:
+            return
+        held = {id(parameter) for root in roots for parameter in root.parameters()}
+        loose = [parameter for parameter in parameters_of(optimizer) if id(parameter) not in held]
+        for index, root in enumerate(roots or [nn.Module()]):
+            if all(known.site.root is not root for known in self._models_changed):
+                model = _ChangedModel(Site(root, optimizer, Passage(root), () if index else loose))
                 self._models_changed.append(model)
                 for change in self._model_changes:
-                    self._attempt(change, partial(model.apply, change))
+                    if roots or isinstance(change, _changes.ReinitializeLayers):
+                        self._attempt(change, partial(model.apply, change))
+                    else:
+                        why = "The program trains loose tensors: there is no module to change."
+                        self._refused.setdefault(change, why)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         wanted = {id(parameter) for model in self._models for parameter in model.parameters()}

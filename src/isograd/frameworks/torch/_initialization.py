@@ -41,17 +41,28 @@ def own_randomness() -> Iterator[None]:
 
 
 class Reinitialization(ModelEffect):
-    """`ReinitializeLayers`. It can be undone until the first step; then the weights have moved on from there."""
+    """`ReinitializeLayers`. It can be undone until the first step; then the weights have moved on from there.
+
+    Matrices of the program's own (in modules of its own classes, or in none) are drawn where all their entries are
+    equal: nothing else tells that they are meant to be random.
+    """
 
     left = "Reinitialized weights have been trained since: the old ones are gone."
 
     def __init__(self, change: _changes.ReinitializeLayers, site: Site, back: ExitStack) -> None:
         layers = [module for _, module in site.layers((*_WEIGHTED, *_RECURRENT), change.layers)]
-        self._before = [(p, p.detach().clone()) for layer in layers for p in layer.parameters(recurse=False)]
+        equal = [] if change.layers else list(_equal_matrices(site))
+        drawn = [*(p for layer in layers for p in layer.parameters(recurse=False)), *equal]
+        self._before = [(parameter, parameter.detach().clone()) for parameter in drawn]
         back.callback(self._put_back)
         with torch.no_grad(), own_randomness():
-            back.callback(draw(site.root, site.passage, layers, change.method))
-        self.detail = f"{change.method}, {len(layers)} layers"
+            if layers or not equal:
+                back.callback(draw(site.root, site.passage, layers, change.method))
+            for matrix in equal:
+                init.xavier_uniform_(matrix)  # the same for both orientations
+        self.detail = f"{change.method}, {len(layers)} layers" + f" and {len(equal)} matrices of one value" * bool(
+            equal
+        )
 
     def unmet(self) -> str | None:
         self._before = []
@@ -61,6 +72,15 @@ class Reinitialization(ModelEffect):
         with torch.no_grad():
             for parameter, before in self._before:
                 parameter.copy_(before)
+
+
+def _equal_matrices(site: Site) -> Iterator[Tensor]:
+    """Trained matrices outside of torch's own layers that have one value in all places."""
+    own = [m for _, m in describe.walk(site.root) if not type(m).__module__.startswith("torch.nn")]
+    for parameter in (*site.loose, *(p for module in own for p in module.parameters(recurse=False))):
+        is_matrix = parameter.requires_grad and parameter.dim() > 1 and min(parameter.shape) > 1
+        if is_matrix and parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
+            yield parameter
 
 
 def initialize(model: nn.Module, method: _changes.InitializationMethod) -> None:
@@ -97,8 +117,11 @@ def draw(root: nn.Module, passage: Passage, layers: Sequence[nn.Module], method:
     if not weighted and not recurrent:
         raise CannotApply("There is no layer with weights to draw.")
     if method == "orthogonal" and recurrent:
-        for weight in (weight for layer in recurrent for weight in _recurrent_weights(layer)):
-            init.orthogonal_(weight)
+        for layer in recurrent:
+            for weight in _recurrent_weights(layer):
+                init.orthogonal_(weight)
+            if describe.kind_of(layer).startswith("rnn"):  # gates have biases of their own choice
+                _zero_recurrent_biases(layer)
         return _nothing
     kinds = following_kinds(root, passage)
     for layer in weighted:
@@ -328,6 +351,10 @@ def _set_identity(layer: nn.Module) -> None:
     """Le et al. 2015, arXiv:1504.00941: the identity and no bias. What enters keeps its weights."""
     for weight in _recurrent_weights(layer):
         weight.copy_(torch.eye(weight.shape[0]))
+    _zero_recurrent_biases(layer)
+
+
+def _zero_recurrent_biases(layer: nn.Module) -> None:
     for name, bias in layer.named_parameters(recurse=False):
         if name.startswith("bias"):
             bias.zero_()

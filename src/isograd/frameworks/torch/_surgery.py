@@ -32,12 +32,13 @@ from isograd.frameworks.torch._passage import Call, Passage
 class Site:
     """Where a change to a model takes place: the model, its forward pass, and the optimizer that was made for it.
 
-    `inserted`: the parameters that changes have given it.
+    `loose`: what the optimizer trains and no module holds. `inserted`: the parameters that changes have given it.
     """
 
     root: nn.Module
     optimizer: Optimizer
     passage: Passage
+    loose: Sequence[Tensor] = ()
     inserted: list[nn.Parameter] = field(default_factory=list)
 
     def layers(self, kinds: Sequence[str], names: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
