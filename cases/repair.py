@@ -5,7 +5,7 @@ python cases/repair.py --only vgg,relu    # some programs; the others' results s
 python cases/repair.py --report           # REPAIRS.md written anew from repairs.json
 
 A program is repaired by a treatment where it says so itself at its end, untouched but for `isograd run --apply`, with
-every seed. Beside the recommended treatment stand, with the first seed: a remedy of the catalogue drawn at random, the
+every seed. Beside the recommended treatment stand, with the same seeds: a remedy of the catalogue drawn at random, the
 learning rate divided by ten, and gradients clipped to a global norm of 1.
 """
 
@@ -124,12 +124,16 @@ def applicable(case: Case) -> list[tuple[str, ...]]:
 
 
 def jobs_of(case: Case, best: tuple[str, ...], seeds: Sequence[int]) -> list[Treated]:
-    """The treated runs of a program: what is recommended with every seed, the others with the first."""
-    pool, first = applicable(case), seeds[0]
+    """The treated runs of a program: what is recommended, and what it is compared with, with every seed."""
+    pool = applicable(case)
     chosen = default_rng(list(case.name.encode())).integers(len(pool))
     others = {"random": pool[chosen], "rate": (RATE,), "clip": (CLIP,)}
-    wanted = [("recommended", seed, best) for seed in seeds if best] + [(a, first, t) for a, t in others.items()]
-    return [Treated(case=case, variant="faulty", seed=seed, arm=arm, treatment=t) for arm, seed, t in wanted]
+    arms = {"recommended": best, **others} if best else others
+    return [
+        Treated(case=case, variant="faulty", seed=seed, arm=arm, treatment=treatment)
+        for arm, treatment in arms.items()
+        for seed in seeds
+    ]
 
 
 def repair(case: Case, seeds: Sequence[int], *, jobs: int) -> Repair:

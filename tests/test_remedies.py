@@ -88,6 +88,18 @@ def test_the_text_of_a_remedy_is_what_apply_takes(remedy):
         assert candidate == parse(str(candidate))
 
 
+@every_remedy
+def test_what_is_proposed_can_be_given_to_a_program_that_was_not_watched(remedy):
+    """`isograd fix` names a treatment, and `run --apply` takes it in a folder without a run: the same changes."""
+    unseen = History(subject="model")
+    for candidate in remedy.candidates(plain_network()):
+        changes, _ = changes_of(candidate, plain_network())
+        if changes and not isinstance(candidate, REMEDIES["remove-output-activation"]):
+            assert len(changes) == len(candidate.changes(unseen))
+    (change,) = parse("remove-output-activation:kind=relu,target=softmax").changes(unseen)
+    assert ("relu", "softmax") == (change.kind, change.target)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast, get_args
 
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
 from isograd._loss_graph import loss_graphs
 from isograd._remedy import Inapplicable, Remedy
+from isograd._rule import Finding
 
 Target = Literal["identity", "sigmoid", "softmax"]
 _KINDS = {
@@ -31,7 +33,8 @@ class RemoveOutputActivation(Remedy):
     What it does
         The output activation passes its input through: the loss applies its own, or the targets need no bound. Where
         the loss takes probabilities, a sigmoid (binary cross-entropy) or a softmax over classes (the logarithm of a
-        score) stands in its place.
+        score) stands in its place. `kind`: softmax, sigmoid, tanh, relu or hardtanh, what stands there; `target`:
+        identity, sigmoid or softmax, what is to stand there. Both as seen in the watched program where they are auto.
 
     When it helps
         Softmax or sigmoid before a loss that applies it again; a softmax over one unit; a ReLU on scores; a bounded
@@ -56,21 +59,45 @@ class RemoveOutputActivation(Remedy):
     )
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("signal_norm", "up")
 
-    def changes(self, history: History) -> tuple[Change, ...]:
+    kind: str = "auto"
+    target: str = "auto"
+
+    def __post_init__(self) -> None:
+        for option, value, known in (("kind", self.kind, _KINDS.values()), ("target", self.target, get_args(Target))):
+            if value not in ("auto", *known):
+                words = ", ".join(("auto", *known))
+                raise ValueError(f"remove-output-activation: {option} is one of {words}, not {value!r}")
+
+    @classmethod
+    def candidates(cls, history: History, cause: Finding | None = None) -> Iterator[Remedy]:
         kind, target = _output(history)
+        # Named, so that a program that has not been watched can be given it.
+        yield cls() if kind is None else cls(kind=kind, target="auto" if target == "identity" else target)
+
+    def changes(self, history: History) -> tuple[Change, ...]:
+        kind, target = self._resolved(history)
         if kind is None:
-            raise Inapplicable("No activation was seen between the last layer with weights and the loss.")
+            raise Inapplicable(
+                "No activation was seen between the last layer with weights and the loss; name one, as in kind=softmax."
+            )
         if kind == target:
             raise Inapplicable(f"The loss takes probabilities, and the output's {kind} makes them.")
         return (_changes.RemoveOutputActivation(kind=kind, target=target),)
 
     def code(self, history: History) -> str:
-        kind, target = _output(history)
+        kind, target = self._resolved(history)
         where = f"at the end of {history.subject}.forward"
         if target == "identity":
             return f"# return the last layer's result as it is: remove the {kind or 'activation'} {where}"
         call = "torch.sigmoid(x)" if target == "sigmoid" else "torch.softmax(x, dim=-1)"
         return f"return {call}  # in place of the {kind} {where}"
+
+    def _resolved(self, history: History) -> tuple[str | None, Target]:
+        kind, target = _output(history)
+        return (
+            kind if self.kind == "auto" else self.kind,
+            target if self.target == "auto" else cast("Target", self.target),
+        )
 
 
 def _output(history: History) -> tuple[str | None, Target]:

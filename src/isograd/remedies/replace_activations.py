@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import BOUNDED, hidden_activations, kinds, main_activation, replace_modules
+from isograd._program import BOUNDED, hidden_activations, is_seen, kinds, main_activation, replace_modules
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -63,8 +63,9 @@ class ReplaceActivations(Remedy):
         )
 
     def changes(self, history: History) -> tuple[Change, ...]:
-        present = {layer.kind for layer in hidden_activations(history)} - {self.target}
-        sources = tuple(sorted(present & {*BOUNDED, "relu", "elu", "gelu", "silu"}))
+        known = {*BOUNDED, "relu", "elu", "gelu", "silu"} - {self.target}
+        present = {layer.kind for layer in hidden_activations(history)} if is_seen(history) else known
+        sources = tuple(sorted(present & known))
         if not sources:
             seen = ", ".join(sorted(kinds(history))) or "none"
             raise Inapplicable(f"No hidden activation to replace with {self.target}: layers seen are {seen}.")
