@@ -177,9 +177,11 @@ def line(one: Repair) -> str:
 
 def document(repairs: Sequence[Repair], healthy: Healthy, why: Mapping[str, str]) -> str:
     """REPAIRS.md. `why`: of each program, why nothing but another source can repair it; "" where a change may."""
-    reachable = [one for one in repairs if not why[one.case] or is_repaired(one, "recommended")]
+    reachable = [one for one in repairs if not why[one.case] or any(is_repaired(one, arm) for arm in ARMS)]
     recommended = [one for one in repairs if one.treatments["recommended"]]
-    wrong = [one.case for one in recommended if not any(one.repaired["recommended"])]
+    failed = [one for one in recommended if not is_repaired(one, "recommended")]
+    wrong = [one.case for one in failed if not any(one.repaired["recommended"])]
+    partly = [one.case for one in failed if one.case not in wrong]
     ratios = [one.ratio for one in repairs if one.seconds]
     beyond = [[one.case, why[one.case]] for one in repairs if one not in reachable]
     fix_head = ["program", "causes found", "recommended", "outcome", "repaired", "random", "rate", "clip", "time"]
@@ -188,7 +190,8 @@ def document(repairs: Sequence[Repair], healthy: Healthy, why: Mapping[str, str]
         "Written by `python cases/repair.py`. " + (__doc__ or "").split("\n\n")[-1].strip(),
         f"{len(repairs)} faulty programs; {len(reachable)} of the faults can be reached from outside of the source.",
         _table(["", "repaired, of the reachable", "repaired, of all"], [_arm(a, repairs, reachable) for a in ARMS]),
-        f"Recommended for {len(recommended)} programs, and repaired with no seed: {', '.join(wrong) or 'none'}.",
+        f"A treatment is recommended for {len(recommended)} programs. Repaired by it with no seed: "
+        f"{', '.join(wrong) or 'none'}; with some seeds only: {', '.join(partly) or 'none'}.",
         f"Time of the search over that of the faulty run: median {median(ratios):.1f}, worst {max(ratios):.1f}.",
         "## Programs",
         _table(fix_head, [_row(one) for one in repairs]),

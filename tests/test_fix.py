@@ -1,6 +1,7 @@
 """Trials and the search for a treatment, on real programs in processes of their own."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 from isograd._changes import SetHyperparameter
+from isograd._fix import Tried, _ranked
+from isograd._remedy import Treatment
+from isograd._treat import parse
 from isograd._trial import Program, Trial, run_trial
+from isograd._verify import Effect, Verdict
 
 PROGRAM = """
 import torch
@@ -86,6 +91,53 @@ def test_a_program_that_hangs_is_ended_with_its_children(program):
     assert "it was ended at the time limit of 20 s" == arm.error
     assert arm.steps >= 20
     assert time.monotonic() - began < 90
+
+
+def screened(*rows):
+    """Treatments of one cause in the order in which they are ranked; rows of (text, score, effect, cured)."""
+    tried = [
+        Tried(
+            treatment=Treatment(remedies=tuple(map(parse, text.split(" + "))), changes=(), cause="c", score=score),
+            verdict=Verdict(
+                outcome="inconclusive",
+                effect=Effect(value=effect, low=-math.inf, high=math.inf),
+                resolved=("c",) if cured else (),
+                remaining=() if cured else ("c",),
+            ),
+            seconds=1.0,
+        )
+        for text, score, effect, cured in rows
+    ]
+    return [str(one.treatment) for one in _ranked(tried)]
+
+
+def test_what_suits_the_cause_goes_before_what_is_merely_faster():
+    """Equal within a factor of ten, the rule's own first choice is verified first; below that it is not."""
+    fits, other = ("standardize-inputs", 0.9, 0.2, True), ("insert-normalization", 0.45, 1.0, True)
+
+    assert ["standardize-inputs", "insert-normalization"] == screened(other, fits)
+    assert ["insert-normalization", "standardize-inputs"] == screened(other, (*fits[:2], 0.05, True))
+
+
+def test_a_larger_rate_does_not_set_the_measure():
+    """It starts faster whatever is wrong: what suits the cause is not small beside it."""
+    assert (
+        "raise-precision" == screened(("raise-learning-rate", 0.4, 1.0, True), ("raise-precision", 0.85, 0.05, True))[0]
+    )
+
+
+def test_what_cures_goes_before_what_helps():
+    """A cause that is gone weighs more than a lower loss, as long as the loss is lower by what matters."""
+    assert "clip-weights" == screened(("skip-bad-steps", 0.9, 1.0, False), ("clip-weights", 0.1, 0.3, True))[0]
+    assert "skip-bad-steps" == screened(("skip-bad-steps", 0.9, 1.0, False), ("clip-weights", 0.1, -0.3, True))[0]
+
+
+def test_of_one_remedy_the_form_that_does_most_goes_first():
+    """Its first form stays first while it has half of the largest effect."""
+    ten, hundred = "raise-learning-rate", "raise-learning-rate:factor=100.0"
+
+    assert [hundred, ten] == screened((ten, 0.6, 0.2, True), (hundred, 0.3, 1.0, True))
+    assert [ten, hundred] == screened((ten, 0.6, 0.7, True), (hundred, 0.3, 1.0, True))
 
 
 def fixed(program, *options):

@@ -82,6 +82,14 @@ def test_a_remedy_takes_any_program(remedy, seed):
 
 
 @every_remedy
+def test_code_fits_a_terminal(remedy):
+    """A line that a terminal of 80 columns breaks in two is no Python any more; names of twenty layers are in it."""
+    for history in (plain_network(), plain_network(depth=20, activation="sigmoid"), History(subject="model")):
+        for candidate in (*remedy.candidates(history), remedy()):
+            assert [] == [line for line in candidate.code(history).splitlines() if len(line) > 78]
+
+
+@every_remedy
 def test_the_text_of_a_remedy_is_what_apply_takes(remedy):
     """What a remedy is printed as is parsed to the same remedy again, with all options that it proposes."""
     for candidate in remedy.candidates(plain_network()):

@@ -362,7 +362,7 @@ def _screening_steps(first: Arm) -> int:
 
 def _compared(untreated: Arm, runs: Sequence[tuple[Treatment, Arm]]) -> list[Tried]:
     """One pair for each treatment, all in the same measure."""
-    others = [arm for _, arm in runs]
+    others = [arm for treatment, arm in runs if not _hastens(treatment)] or [arm for _, arm in runs]
     return [
         Tried(
             treatment=treatment,
@@ -381,14 +381,14 @@ def _cut(arm: Arm, steps: int) -> Arm:
 def _ranked(tried: Sequence[Tried]) -> list[Tried]:
     """What leaves nothing to treat comes first, then what resolves its cause without harm, then what lowers the loss.
 
-    Effects within an order of magnitude of the largest count as equal, and the remedy that suits the cause best goes
-    first: a short run favors whatever starts fastest, which a larger learning rate always does. Of the forms of one
-    remedy those go first that have half of their largest effect.
+    Effects within an order of magnitude of the largest (that of a larger learning rate apart, which makes any run
+    faster at first) count as equal, and the remedy that suits the cause best goes first. Of the forms of one remedy
+    those go first that have half of their largest effect.
     """
     families: dict[str, list[Tried]] = {}
     for one in tried:
         families.setdefault(_family(one), []).append(one)
-    largest = _largest_effect(tried)
+    largest = _largest_effect([one for one in tried if not _hastens(one.treatment)])
 
     def order(one: Tried) -> tuple[float, ...]:
         effect, family = one.verdict.effect.value, families[_family(one)]
@@ -408,6 +408,10 @@ def _ranked(tried: Sequence[Tried]) -> list[Tried]:
         )
 
     return sorted(tried, key=order, reverse=True)
+
+
+def _hastens(treatment: Treatment) -> bool:
+    return any(remedy.hastens for remedy in treatment.remedies)
 
 
 def _family(tried: Tried) -> str:

@@ -100,16 +100,15 @@ def main_activation(history: History) -> str:
 
 def replace_modules(history: History, replacements: Mapping[str, str]) -> str:
     """Code that puts modules in the place of others: `replacements` has an expression of `layer` for each name."""
-    expressions = dict.fromkeys(replacements.values())
     loops = []
-    for expression in expressions:
+    for expression in dict.fromkeys(replacements.values()):
         names = ", ".join(f'"{name}"' for name, other in replacements.items() if other == expression)
-        listed = textwrap.fill(names, 88, initial_indent="    ", subsequent_indent="    ")
+        listed = textwrap.fill(names, 76, initial_indent="    ", subsequent_indent="    ")
         inline = f"for name in ({names},):"
-        loops.append(inline if len(inline) <= 88 else f"for name in (\n{listed},\n):")
+        loops.append(inline if len(inline) <= 76 else f"for name in (\n{listed},\n):")
         if re.search(r"\blayer\b", expression):
             loops.append(f"    layer = {history.subject}.get_submodule(name)")
-        loops.append(f"    {history.subject}.set_submodule(name, {expression})")
+        loops += [f"    new = {expression}", f"    {history.subject}.set_submodule(name, new)"]
     return "\n".join(["# when the model is made, before its optimizer:", *loops]) if loops else ""
 
 

@@ -29,12 +29,14 @@ class Remedy(ABC):
     When it helps, Risks, Prediction, Sources.
 
     `treats`: causes, those first that it treats best. `applicability`: see `Applicability`. `predicts`: the statistic
-    that must move if it works, and whether "up", "down" or "finite".
+    that must move if it works, and whether "up", "down" or "finite". `hastens`: it makes any run faster at first,
+    whatever is wrong with it: beside others, a short run says nothing for it.
     """
 
     treats: ClassVar[tuple[str, ...]]
     applicability: ClassVar[Applicability] = "automatic"
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]]
+    hastens: ClassVar[bool] = False
 
     @classmethod
     def remedy_name(cls) -> str:

@@ -43,9 +43,11 @@ class ClipGradientAdaptively(Remedy):
     def code(self, history: History) -> str:
         return (
             "loss.backward()\n"
-            f"for w in [p for p in {history.subject}.parameters() if p.grad is not None and p.dim() > 1][:-1]:\n"
+            f"weights = [p for p in {history.subject}.parameters() if p.dim() > 1][:-1]\n"
+            "for w in [w for w in weights if w.grad is not None]:\n"
             "    axes = tuple(range(1, w.dim()))\n"
-            f"    limit = {self.ratio:g} * w.detach().norm(dim=axes, keepdim=True).clamp_min(1e-3)\n"
-            "    w.grad.mul_((limit / w.grad.norm(dim=axes, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))\n"
+            f"    limit = {self.ratio:g} * w.detach().norm(dim=axes, keepdim=True)\n"
+            "    norm = w.grad.norm(dim=axes, keepdim=True).clamp_min(1e-12)\n"
+            f"    w.grad.mul_((limit.clamp_min({self.ratio * 1e-3:g}) / norm).clamp_max(1.0))\n"
             "optimizer.step()"
         )

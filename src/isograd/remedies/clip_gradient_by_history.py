@@ -61,6 +61,7 @@ class ClipGradientByHistory(Remedy):
             "norm = torch.nn.utils.get_total_norm(grads)\n"
             "if torch.isfinite(norm):\n"
             "    norms.append(norm.item())\n"
-            f"    torch.nn.utils.clip_grad_norm_({history.subject}.parameters(), {limit})\n"
+            f"    limit = {limit}\n"
+            f"    torch.nn.utils.clip_grad_norm_({history.subject}.parameters(), limit)\n"
             "optimizer.step()"
         )

@@ -37,6 +37,7 @@ class FindLearningRate(Remedy):
 
     treats: ClassVar[tuple[str, ...]] = ("learning-rate-too-high", "learning-rate-too-low", "undertrained")
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("loss", "down")
+    hastens: ClassVar[bool] = True
 
     factor: float = 1.0
 

@@ -43,5 +43,6 @@ class FreezeParameters(Remedy):
         return (
             "backbone.requires_grad_(False)\n"
             "backbone.eval()\n"
-            f"optimizer = torch.optim.SGD((p for p in {history.subject}.parameters() if p.requires_grad), lr=lr)"
+            f"trained = [p for p in {history.subject}.parameters() if p.requires_grad]\n"
+            "optimizer = torch.optim.SGD(trained, lr=lr)"
         )

@@ -70,4 +70,4 @@ class InsertShortcuts(Remedy):
             "dense": "torch.cat([x, block(x)], 1)",
         }
         alpha = "self.alpha = torch.nn.Parameter(torch.zeros(()))  # in __init__\n" if self.kind == "rezero" else ""
-        return f"{alpha}x = {scale[self.kind]}  # in forward, for each block that keeps the shape"
+        return f"{alpha}# in forward, around each block that keeps the shape:\nx = {scale[self.kind]}"

@@ -41,7 +41,7 @@ class MoveNormalization(Remedy):
     def code(self, history: History) -> str:
         del history
         return (
-            "layer = torch.nn.TransformerEncoderLayer(width, num_heads, norm_first=True, batch_first=True)\n"
+            "layer = torch.nn.TransformerEncoderLayer(width, num_heads, norm_first=True)\n"
             "x = x + self.attention(self.norm1(x))  # in a block of your own\n"
             "x = x + self.feedforward(self.norm2(x))"
         )

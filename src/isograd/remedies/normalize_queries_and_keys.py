@@ -42,6 +42,8 @@ class NormalizeQueriesAndKeys(Remedy):
     def code(self, history: History) -> str:
         del history
         return (
-            "query, key = self.query_norm(query), self.key_norm(key)  # torch.nn.RMSNorm(head_dim) each\n"
-            "attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)"
+            "self.query_norm = torch.nn.RMSNorm(head_dim)  # in __init__, as self.key_norm\n"
+            "query, key = self.query_norm(query), self.key_norm(key)\n"
+            "attend = torch.nn.functional.scaled_dot_product_attention\n"
+            "attended = attend(query, key, value)"
         )

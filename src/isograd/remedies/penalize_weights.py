@@ -43,8 +43,10 @@ class PenalizeWeights(Remedy):
         return (_changes.PenalizeWeights(l1=self.l1, l2=self.l2),)
 
     def code(self, history: History) -> str:
+        terms = [f"{self.l1:g} * w.abs().sum()"] if self.l1 else []
+        terms += [f"{self.l2:g} / 2 * w.square().sum()"] if self.l2 else []
         return (
             f"weights = [p for p in {history.subject}.parameters() if p.dim() > 1]\n"
-            f"penalty = sum({self.l1:g} * w.abs().sum() + {self.l2:g} / 2 * w.square().sum() for w in weights)\n"
+            f"penalty = sum({' + '.join(terms) or '0.0'} for w in weights)\n"
             "(loss + penalty).backward()"
         )

@@ -40,4 +40,4 @@ class RaiseBatchSize(Remedy):
 
     def code(self, history: History) -> str:
         del history
-        return "loader = torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True, drop_last=True)"
+        return "loader = torch.utils.data.DataLoader(\n    dataset, batch_size=32, shuffle=True, drop_last=True\n)"

@@ -37,6 +37,7 @@ class RaiseLearningRate(Remedy):
 
     treats: ClassVar[tuple[str, ...]] = ("learning-rate-too-low", "undertrained", "update-below-precision")
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("update_ratio", "up")
+    hastens: ClassVar[bool] = True
 
     factor: float = 10.0
 

@@ -50,5 +50,5 @@ class RaisePrecision(Remedy):
 
     def code(self, history: History) -> str:
         return (
-            f"{history.subject}.float()  # and remove .half() / .bfloat16() from the inputs; autocast keeps the speed"
+            f"# and remove .half() and .bfloat16() from the inputs; autocast keeps the speed\n{history.subject}.float()"
         )

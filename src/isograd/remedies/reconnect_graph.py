@@ -43,5 +43,6 @@ class ReconnectGraph(Remedy):
         del history
         return (
             "weights = scores.softmax(-1)  # without .detach(), .item() or .argmax()\n"
-            "embedding = torch.nn.Embedding(num_entries, width)  # padding_idx only for an index that is no entry"
+            "# padding_idx only for an index that is no entry\n"
+            "embedding = torch.nn.Embedding(num_entries, width)"
         )

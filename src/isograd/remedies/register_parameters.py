@@ -41,5 +41,6 @@ class RegisterParameters(Remedy):
     def code(self, history: History) -> str:
         return (
             "self.layers = torch.nn.ModuleList(self.layers)  # in __init__\n"
-            f"optimizer = torch.optim.SGD({history.subject}.parameters(), lr=lr)  # after the model is complete"
+            "# after the model is complete:\n"
+            f"optimizer = torch.optim.SGD({history.subject}.parameters(), lr=lr)"
         )

@@ -15,17 +15,19 @@ from isograd._rule import Finding
 
 _BEST = {"relu": "kaiming", "leaky-relu": "kaiming", "elu": "kaiming", "gelu": "critical", "silu": "critical"}
 _RECURRENT = ("orthogonal", "chrono", "forget-bias")
-_WEIGHTS = "(torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)"
+_WEIGHTS = "(torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)"
 _ZERO = "if layer.bias is not None: torch.nn.init.zeros_(layer.bias)"
+_NO_BIAS = ("    if 'bias' in name and isinstance(layer, torch.nn.RNN):", "        torch.nn.init.zeros_(weight)")
 _CODE = {
     "xavier": (_WEIGHTS, "torch.nn.init.xavier_uniform_(layer.weight)", _ZERO),
-    "kaiming": (_WEIGHTS, "torch.nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')", _ZERO),
+    "kaiming": (_WEIGHTS, "torch.nn.init.kaiming_normal_(layer.weight)", _ZERO),
     "orthogonal": (
         "(torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU)",
         "for name, weight in layer.named_parameters():",
         "    if 'weight_hh' in name:",
         "        for gate in weight.chunk(weight.shape[0] // weight.shape[1]):",
         "            torch.nn.init.orthogonal_(gate)",
+        *_NO_BIAS,
     ),
     "forget-bias": (
         "torch.nn.LSTM",
@@ -38,6 +40,7 @@ _CODE = {
         "for name, weight in layer.named_parameters():",
         "    if 'weight_hh' in name:",
         "        torch.nn.init.eye_(weight)",
+        *_NO_BIAS,
     ),
 }
 

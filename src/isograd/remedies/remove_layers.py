@@ -40,4 +40,4 @@ class RemoveLayers(Remedy):
 
     def code(self, history: History) -> str:
         del history
-        return "layers = layers[:2]  # or: h = layer(h) + alpha * h0, the initial residual of GCNII"
+        return "layers = layers[:2]\n# or the initial residual of GCNII: h = layer(h) + alpha * h0"

@@ -88,9 +88,9 @@ class RemoveOutputActivation(Remedy):
         kind, target = self._resolved(history)
         where = f"at the end of {history.subject}.forward"
         if target == "identity":
-            return f"# return the last layer's result as it is: remove the {kind or 'activation'} {where}"
+            return f"# remove the {kind or 'activation'} {where}:\nreturn x  # the last layer's result"
         call = "torch.sigmoid(x)" if target == "sigmoid" else "torch.softmax(x, dim=-1)"
-        return f"return {call}  # in place of the {kind} {where}"
+        return f"# in place of the {kind} {where}:\nreturn {call}"
 
     def _resolved(self, history: History) -> tuple[str | None, Target]:
         kind, target = _output(history)

@@ -40,4 +40,4 @@ class ShuffleData(Remedy):
 
     def code(self, history: History) -> str:
         del history
-        return "loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=True)"
+        return "loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True)"

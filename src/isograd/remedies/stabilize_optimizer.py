@@ -74,6 +74,7 @@ class StabilizeOptimizer(Remedy):
             "optimizer.step()\n"
             "with torch.no_grad():\n"
             f"    for old, p in zip(before, {history.subject}.parameters()):\n"
-            "        rms = (p - old).square().mean().sqrt() / optimizer.param_groups[0]['lr']\n"
+            "        rate = optimizer.param_groups[0]['lr']\n"
+            "        rms = (p - old).square().mean().sqrt() / rate\n"
             f"        p.copy_(old + (p - old) / (rms / {self.clip:g}).clamp_min(1.0))"
         )

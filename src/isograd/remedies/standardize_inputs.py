@@ -44,6 +44,7 @@ class StandardizeInputs(Remedy):
 
     def code(self, history: History) -> str:
         return (
-            "mean, std = inputs.mean(0), inputs.std(0).clamp_min(1e-8)  # of the training set, kept with the model\n"
+            "# of the training set, and kept with the model:\n"
+            "mean, std = inputs.mean(0), inputs.std(0).clamp_min(1e-8)\n"
             "inputs = (inputs - mean) / std"
         )

@@ -45,7 +45,8 @@ class StandardizeTargets(Remedy):
 
     def code(self, history: History) -> str:
         return (
-            "mean, std = targets.mean(0), targets.std(0)  # of the training set, kept with the model\n"
+            "# of the training set, and kept with the model:\n"
+            "mean, std = targets.mean(0), targets.std(0)\n"
             "loss = loss_fn(model(inputs), (targets - mean) / std)\n"
             "prediction = model(inputs) * std + mean  # when the model is applied"
         )
