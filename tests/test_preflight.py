@@ -15,6 +15,8 @@ from isograd._cli import main
 from isograd._mean_field import Stage, walk
 from isograd._preflight import sizes_of
 from isograd.frameworks.torch._curvature import adam_scale, hessian_product, largest_eigenvalue
+from isograd.frameworks.torch._rehearsal import spectral_radius
+from isograd.frameworks.torch._structure import _recurrent_results
 
 torch.set_num_threads(1)
 
@@ -704,3 +706,46 @@ def test_mistakes_on_the_command_line_are_one_sentence(folder, capsys, arguments
 def test_shapes_as_people_write_them(text):
     """A shape is sizes with `x` or commas between, in brackets or not."""
     assert (64, 1, 28, 28) == sizes_of(text)
+
+
+@pytest.mark.parametrize("size", [40, 128, 129, 200])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_spectral_radius_is_that_of_the_eigenvalues(size, scale):
+    """Random, orthogonal, diagonal, nilpotent, defective and zero matrices, against LAPACK's eigenvalues."""
+    random = torch.randn(size, size, generator=torch.Generator().manual_seed(size)) / size**0.5
+    matrices = [
+        random,
+        torch.linalg.qr(random)[0],
+        torch.eye(size) * 0.9,
+        torch.diag(torch.ones(size - 1), 1),
+        torch.triu(torch.ones(size, size)),
+        torch.zeros(size, size),
+    ]
+    for matrix in matrices:
+        expected = float(np.abs(np.linalg.eigvals((matrix * scale).double().numpy())).max())
+
+        assert pytest.approx(expected, rel=2e-3, abs=1e-12 * scale) == spectral_radius((matrix * scale)[None])
+    stack = torch.stack([matrices[0], matrices[2]])
+    assert spectral_radius(stack) == max(spectral_radius(one[None]) for one in stack)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("shape", [(5, 3, 7), (5, 7)], ids=["batch", "sequence"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **o: nn.RNN(7, 6, **o),
+        lambda **o: nn.GRU(7, 6, num_layers=2, **o),
+        lambda **o: nn.LSTM(7, 6, bidirectional=True, **o),
+        lambda **o: nn.LSTM(7, 6, proj_size=4, num_layers=2, **o),
+    ],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_shapes_of_recurrences_are_those_of_torch(make, batch_first, shape):
+    """What stands for the result of a recurrence on tensors without values has the shapes of the result."""
+    module, x = make(batch_first=batch_first), torch.randn(shape)
+
+    def shapes(result):
+        return tuple(map(shapes, result)) if isinstance(result, tuple) else result.shape
+
+    assert shapes(module(x)) == shapes(_recurrent_results(module, x))

@@ -146,12 +146,29 @@ class _Shapes(fx.Interpreter):
         super().__init__(graph)
         self.found: dict[str, tuple[int, ...]] = {}
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As always, but for recurrences, which would run step by step: what they return is known."""
+        module = self.fetch_attr(target)
+        if isinstance(module, nn.RNNBase) and args and isinstance(args[0], Tensor):
+            return _recurrent_results(module, args[0])
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, node: fx.Node) -> Any:
         """As always, and its shape."""
         result = super().run_node(node)
         if isinstance(result, Tensor):
             self.found[node.name] = tuple(result.shape)
         return result
+
+
+def _recurrent_results(module: nn.RNNBase, x: Tensor) -> tuple[Any, Any]:
+    """Empty tensors in the shapes of a recurrence's output and last state."""
+    directions = 2 if module.bidirectional else 1
+    batch = () if x.dim() < 3 else (x.shape[0 if module.batch_first else 1],)
+    state = x.new_empty((directions * module.num_layers, *batch, module.proj_size or module.hidden_size))
+    output = x.new_empty((*x.shape[:-1], directions * state.shape[-1]))
+    cell = x.new_empty((*state.shape[:-1], module.hidden_size))
+    return output, (state, cell) if isinstance(module, nn.LSTM) else state
 
 
 def _shapes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
