@@ -190,8 +190,8 @@ def document(repairs: Sequence[Repair], healthy: Healthy, why: Mapping[str, str]
         "Written by `python cases/repair.py`. " + (__doc__ or "").split("\n\n")[-1].strip(),
         f"{len(repairs)} faulty programs; {len(reachable)} of the faults can be reached from outside of the source.",
         _table(["", "repaired, of the reachable", "repaired, of all"], [_arm(a, repairs, reachable) for a in ARMS]),
-        f"A treatment is recommended for {len(recommended)} programs. Repaired by it with no seed: "
-        f"{', '.join(wrong) or 'none'}; with some seeds only: {', '.join(partly) or 'none'}.",
+        f"A treatment is recommended for {len(recommended)} programs.",
+        f"It repairs with no seed: {_listed(wrong)}; with some seeds only: {_listed(partly)}.",
         f"Time of the search over that of the faulty run: median {median(ratios):.1f}, worst {max(ratios):.1f}.",
         "## Programs",
         _table(fix_head, [_row(one) for one in repairs]),
@@ -201,6 +201,10 @@ def document(repairs: Sequence[Repair], healthy: Healthy, why: Mapping[str, str]
         _table(["program", "status", "seconds"], [[name, str(status), f"{s:.1f}"] for name, status, s in healthy]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _arm(arm: str, repairs: Sequence[Repair], reachable: Sequence[Repair]) -> list[str]:

@@ -131,8 +131,8 @@ def test_what_cannot_be_applied_is_one_sentence_and_status_2(ended, text, senten
 AUTOMATIC = sorted(name for name, remedy in REMEDIES.items() if remedy.applicability == "automatic")
 IDLE = {"find-learning-rate", "skip-bad-steps", "zero-gradients", "scale-loss"}
 """By default the factor 1; nothing to skip; the script clears gradients itself; a power of two rounds nothing."""
-PLACELESS = {"stabilize-optimizer"}
-"""Steps of SGD are not normalized."""
+PLACELESS = {"stabilize-optimizer", "register-parameters"}
+"""Steps of SGD are not normalized; the optimizer holds every parameter already."""
 
 
 @pytest.mark.parametrize("name", AUTOMATIC)

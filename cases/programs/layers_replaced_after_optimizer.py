@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("parameters-not-optimized",)
-UNREACHABLE = "Which parameters the optimizer gets is settled before it is made."
 
 
 def main():

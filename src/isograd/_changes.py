@@ -208,6 +208,11 @@ class RemoveOutputActivation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegisterParameters:
+    """Register layers kept in plain lists and dicts, and let the optimizer train what no optimizer holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroGradients:
     """Clear the gradients after every step, before the next backward pass."""
 
@@ -252,6 +257,7 @@ Change = (
     | StandardizeInputs
     | StandardizeTargets
     | RemoveOutputActivation
+    | RegisterParameters
     | ZeroGradients
     | AverageAccumulation
     | RaisePrecision

@@ -815,3 +815,73 @@ def test_nothing_of_ours_stays_in_torch_afterwards():
         told.undo()
     assert originals == (torch.sigmoid, F.relu, F.mse_loss, torch.Tensor.__sub__, torch.autograd.backward)
     assert taps._listeners == []
+
+
+# ---- parameters that no optimizer holds ---------------------------------------------------------------------------
+
+
+class Listed(nn.Module):
+    """Layers in a list, a tuple and a dict; a list of what is registered already, one of numbers, an empty one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.hidden = [nn.Linear(3, 3) for _ in range(2)]
+        self.pair = (nn.Linear(3, 3), nn.Tanh())
+        self.heads = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}
+        self.known, self.sizes, self.empty, self.by_number = [self.first], [1, 2], [], {1: nn.Tanh()}
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in (*self.hidden, *self.pair):
+            x = layer(x)
+        return self.heads["a"](x) + self.heads["b"](x)
+
+
+def test_layers_in_containers_are_registered_and_trained():
+    """The model computes the same, every layer of it moves, and undo gives the containers and the groups back."""
+    model, x = Listed(), torch.randn(8, 3)
+    before, containers, expected = vars(model).copy(), [model.hidden, model.pair, model.heads], model(x)
+    applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=pytest.fail)
+    applier.listen()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    assert torch.equal(expected, model(x))
+    assert ["a", "b"] == list(model.heads)
+    assert model.known is before["known"]
+    weights = [p.detach().clone() for p in model.parameters()]
+    assert 2 * 6 == len(weights)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert ("Layers that were left out have been trained.",) == applier.undo()
+    assert all(a is b for a, b in zip(containers, [model.hidden, model.pair, model.heads], strict=True))
+    assert [id(p) for p in model.first.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert 2 == len(optimizer.state)
+
+
+def test_layers_that_replaced_others_are_trained():
+    """A head that was put in after the optimizer was made joins it before the first step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with treated(changes.RegisterParameters()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model[1] = nn.Linear(4, 5)
+        before = model[1].weight.detach().clone()
+        model(torch.randn(6, 3)).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, model[1].weight)
+
+
+def test_what_another_optimizer_holds_stays_there():
+    """Two optimizers share a model: there is nothing to register, and the refusal says so."""
+    model, refusals = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), []
+    applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=refusals.append)
+    applier.listen()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    model(torch.randn(6, 3)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    applier.undo()
+    assert [2, 2] == [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers]
+    assert "Every trainable parameter of the model is held by an optimizer already." in refusals[0]

@@ -128,6 +128,11 @@ CASES = [
     (C.StandardizeTargets(batches=2), {}, "trained on standardized targets"),
     (C.RemoveOutputActivation(kind="sigmoid"), {}, "trained without the output activation"),
     (C.ZeroGradients(), {"clears": False}, None),
+    (
+        C.RegisterParameters(),
+        {"optimizer": lambda p, lr: torch.optim.Adam(list(p)[:-2], lr=lr)},
+        "left out have been trained",
+    ),
     (C.AverageAccumulation(), {}, None),
     (C.RaisePrecision(), {"dtype": torch.bfloat16}, "rounded back"),
     (C.ScaleLoss(scale=3.0), {}, None),

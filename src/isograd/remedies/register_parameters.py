@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._remedy import Applicability, Remedy
+from isograd._remedy import Remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +16,15 @@ class RegisterParameters(Remedy):
     """Let the model and the optimizer hold all parameters.
 
     What it does
-        Layers go into ModuleList, ModuleDict or Parameter; the optimizer is built after the last change of the model.
+        Layers in plain lists and dicts go into ModuleList and ModuleDict, and the optimizer trains every trainable
+        parameter of the model that none holds: as if it had been built after the last change of the model.
 
     When it helps
         Layers in a plain list or dict; layers replaced after the optimizer was built.
 
     Risks
-        Saved optimizer states do not fit the new parameter list.
+        What was left out on purpose, without requires_grad_(False), is trained. Saved optimizer states do not fit the
+        new parameter list.
 
     Prediction
         Every parameter has an `update_norm`.
@@ -31,12 +34,11 @@ class RegisterParameters(Remedy):
     """
 
     treats: ClassVar[tuple[str, ...]] = ("parameters-not-optimized",)
-    applicability: ClassVar[Applicability] = "advice"
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("update_norm", "up")
 
     def changes(self, history: History) -> tuple[Change, ...]:
         del history
-        return ()
+        return (_changes.RegisterParameters(),)
 
     def code(self, history: History) -> str:
         return (

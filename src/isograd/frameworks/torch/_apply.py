@@ -28,6 +28,7 @@ from isograd.frameworks.torch._effects import OWN, StepEffect, parameters_of, un
 from isograd.frameworks.torch._initialization import Reinitialization
 from isograd.frameworks.torch._passage import Passage
 from isograd.frameworks.torch._precision import PrecisionRaise
+from isograd.frameworks.torch._registration import Registration
 from isograd.frameworks.torch._standardization import InputStandardization, TargetStandardization
 from isograd.frameworks.torch._surgery import (
     ActivationReplacement,
@@ -52,6 +53,7 @@ _MODEL_EFFECTS: Mapping[type[Any], Callable[[Any, Site, ExitStack], ModelEffect]
 """In the order in which they are made: weights are drawn for the activations that there are then."""
 
 _STEP_EFFECTS: Mapping[type[Any], Callable[[Any], StepEffect]] = {
+    _changes.RegisterParameters: Registration,
     _changes.ReplaceOptimizer: Delegation,
     _changes.ScaleLoss: steps.LossScaling,
     _changes.ZeroGradients: steps.Zeroing,
@@ -260,7 +262,8 @@ class Applier:
                 if effect in effects:
                     effects.remove(effect)
                     _taken_back(effect, partial(effect.undo, optimizer))
-            self._on_refusal(f"{type(change).__name__} failed: {type(error).__name__}: {error}")
+            told = f"{type(change).__name__} failed: {type(error).__name__}: {error}"
+            self._on_refusal(str(error) if isinstance(error, CannotApply) else told)
 
     def _of(self, optimizer: Optimizer) -> list[tuple[Change, StepEffect]]:
         taken = self._adopted.get(optimizer, [])

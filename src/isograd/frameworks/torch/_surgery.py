@@ -321,15 +321,23 @@ class OutputActivationRemoval(ModelEffect):
 # ---- inserted parameters ------------------------------------------------------------------------------------------
 
 
-def join_optimizer(site: Site, weight: Tensor, fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack) -> None:
-    """Let the site's optimizer train new (name, parameter) pairs, in the group of `weight`: schedules are per group.
-
-    Raises CannotApply where the optimizer has state already and nothing tells what that of a new parameter is.
-    """
-    optimizer = site.optimizer
+def _insert(site: Site, weight: Tensor, fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack) -> None:
+    """Let the site's optimizer train new (name, parameter) pairs, in the group of `weight`: schedules are per group."""
+    optimizer, named = site.optimizer, list(fresh)
     group = next(
         (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), optimizer.param_groups[0]
     )
+    join_optimizer(optimizer, group, named, back)
+    site.inserted.extend(parameter for _, parameter in named)
+
+
+def join_optimizer(
+    optimizer: Optimizer, group: dict[str, Any], fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack
+) -> None:
+    """Let an optimizer train new (name, parameter) pairs in one of its groups.
+
+    Raises CannotApply where the optimizer has state already and nothing tells what that of a new parameter is.
+    """
     for name, parameter in fresh:
         state = _first_state(optimizer, group, parameter)
         group["params"].append(parameter)
@@ -338,7 +346,6 @@ def join_optimizer(site: Site, weight: Tensor, fresh: Iterable[tuple[str, nn.Par
         if state:
             optimizer.state[parameter] = state
         back.callback(leave_optimizer, optimizer, [parameter])
-        site.inserted.append(parameter)
 
 
 def _first_state(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
@@ -399,7 +406,7 @@ class NormalizationInsertion(ModelEffect):
             back.callback(delattr, layer, "normalization")
             back.callback(layer.register_forward_hook(_normalize).remove)
             names = ((f"{name}.normalization.{key}", parameter) for key, parameter in norm.named_parameters())
-            join_optimizer(site, weight, names, back)
+            _insert(site, weight, names, back)
         self.detail = f"behind {len(layers)} layers"
 
 
@@ -510,7 +517,7 @@ def _add_scale(site: Site, name: str, layer: Any, back: ExitStack) -> None:
     scale = nn.Parameter(torch.zeros((), dtype=layer.weight.dtype, device=layer.weight.device))
     layer.register_parameter("shortcut_scale", scale)
     back.callback(delattr, layer, "shortcut_scale")
-    join_optimizer(site, layer.weight, [(f"{name}.shortcut_scale", scale)], back)
+    _insert(site, layer.weight, [(f"{name}.shortcut_scale", scale)], back)
 
 
 def _shape(x: Tensor) -> object:
