@@ -130,6 +130,20 @@ def test_a_null_treatment_is_seldom_called_an_improvement():
     assert called / 2000 <= 0.05
 
 
+def test_a_second_look_keeps_the_level():
+    """Undecided after three pairs, judged again on six: of two thousand null treatments at most 5 % are recommended."""
+    rng, called = default_rng(2), 0
+    for _ in range(2000):
+        ends = rng.normal(1.0, 0.3, size=(6, 2))
+        untreated, treated = arms(*ends[:, 0], steps=20), arms(*ends[:, 1], steps=20)
+        verdict = compare(untreated[:3], treated[:3])
+        if verdict.outcome == "inconclusive":
+            verdict = compare(untreated, treated)
+        called += verdict.helps
+
+    assert called / 2000 <= 0.05
+
+
 def test_a_planted_effect_is_found():
     """An effect of a third of the progress under noise of a tenth of it is found nearly always."""
     rng, found = default_rng(1), 0
