@@ -95,7 +95,7 @@ def fixed(case: Case, *, jobs: int) -> tuple[int, dict[str, Any], float]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=1800, check=False)
-    found = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr.strip()[-300:]}
+    found = json.loads(done.stdout) if done.stdout.strip() else {"error": done.stderr.strip().splitlines()[-1][-120:]}
     return done.returncode, found, time.perf_counter() - began
 
 

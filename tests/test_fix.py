@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from isograd import _fix
 from isograd._changes import SetHyperparameter
 from isograd._fix import Tried, _ranked
 from isograd._remedy import Treatment
@@ -175,6 +176,17 @@ def test_a_sigmoid_tower_is_cured(program):
         capture_output=True, text=True, cwd=Path(sick.args[0]).parent,
     )  # fmt: skip
     assert "Applied from step 0 on" in applied.stderr
+
+
+def test_a_long_program_is_tried_as_far_as_its_fault_shows(program, monkeypatch):
+    """Where the first minute (here a few seconds) shows a fault the program is stopped there, and cured as well."""
+    monkeypatch.setattr(_fix, "MINUTE", 8.0)
+    endless = program(layers=SICK, steps=10**9, extra="import time; time.sleep(0.01)")
+    found = _fix.fix(endless, jobs=2, limit=300.0)
+
+    assert "time limit of 8 s" in found.error
+    assert found.best is not None
+    assert max(tried.steps for tried in found.trials) <= found.steps < 10_000
 
 
 def test_chance_is_measured_where_a_program_does_not_repeat(program):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.random import default_rng
 
 from isograd._diagnose import Cause, Diagnosis
+from isograd._history import History, Series
 from isograd._rule import Finding
 from isograd._verify import _T975, Arm, compare, interval
 
@@ -178,11 +179,40 @@ def test_what_learns_within_a_twentieth_keeps_its_progress():
     assert verdict.effect.low > 0.9
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 19, 20, 40, 100])
+def test_a_twentieth_of_the_end_is_cut(count):
+    """Of the last quarter every twentieth loss may be anything; fewer than twenty are all counted."""
+    spared = count // 20
+    for spikes in (spared, spared + 1):
+        untreated, treated = arms(2.3, 2.3, 2.3, steps=4 * count), arms(0.1, 0.1, 0.1, steps=4 * count)
+        for run in treated:
+            run.losses[:] = 0.1
+            run.losses[:count] = 2.3
+            run.losses[4 * count - spikes :] = 1e9
+
+        assert (spikes == spared) == (compare(untreated, treated).effect.value > 0.5)
+
+
+def test_a_step_without_a_loss_is_not_one_that_broke():
+    """A loss that was not recorded stands where the last one stood; one that was not finite does not."""
+    steps = np.arange(6)
+    values = np.array([2.0, np.nan, 1.0, np.nan, 0.5, np.nan])
+    history = History(
+        series={
+            "loss": Series(steps=steps, values=values),
+            "loss_nonfinite": Series(steps=steps, values=np.array([0.0, 0, 0, 1, 0, 0])),
+        }
+    )
+    run = Arm.of(history, diagnosis(), seed=0)
+
+    assert np.array_equal([2.0, 2.0, 1.0, np.nan, 0.5, 0.5], run.losses, equal_nan=True)
+
+
 def test_rare_spikes_are_cut_and_nan_is_not():
     """A step in twenty may be anything finite; a loss that is NaN once in the last quarter is a run that broke."""
     spiked, broken = (arms(0.1, 0.12, 0.09) for _ in range(2))
     for run in spiked:
-        run.losses[90] = 1e30
+        run.losses[90] = 1e30  # one of the last 25
     for run in broken:
         run.losses[90] = np.nan
 
@@ -218,6 +248,16 @@ def test_what_is_chosen_from_shares_one_measure():
 
     start = 2.1 + 0.2 * math.exp(-2 / 5)  # the median of the first five steps
     assert (1.0, pytest.approx((start - 2.1) / (start - 0.1), rel=0.01)) == (pytest.approx(alone), beside)
+
+
+def test_where_another_one_begins_is_no_progress():
+    """Of 1000 to 10 and 1000 to 0.5 the first is nothing and the second something, where a third begins at 1."""
+    untreated, lower = arms(10.0, start=1000.0), arms(0.5, start=1000.0)
+    standardized = [Arm(seed=0, losses=np.linspace(1.0, 0.9, 100), diagnosis=diagnosis())]
+
+    assert compare(untreated, lower).effect.value < 0.02
+    assert compare(untreated, lower, others=standardized).effect.value == pytest.approx(1.0)
+    assert compare(untreated, standardized, others=lower).effect.value == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_table_is_student_s():

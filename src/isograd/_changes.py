@@ -209,7 +209,7 @@ class RemoveOutputActivation:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterParameters:
-    """Register layers kept in plain lists and dicts, and let the optimizer train what no optimizer holds."""
+    """Register what modules keep in plain lists and dicts, and let the optimizer train what no optimizer holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

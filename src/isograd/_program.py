@@ -103,7 +103,9 @@ def replace_modules(history: History, replacements: Mapping[str, str]) -> str:
     loops = []
     for expression in dict.fromkeys(replacements.values()):
         names = ", ".join(f'"{name}"' for name, other in replacements.items() if other == expression)
-        listed = textwrap.fill(names, 76, initial_indent="    ", subsequent_indent="    ")
+        listed = textwrap.indent(
+            textwrap.fill(names, 72, break_long_words=False, break_on_hyphens=False), prefix="    "
+        )
         inline = f"for name in ({names},):"
         loops.append(inline if len(inline) <= 76 else f"for name in (\n{listed},\n):")
         if re.search(r"\blayer\b", expression):

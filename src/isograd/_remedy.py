@@ -29,14 +29,12 @@ class Remedy(ABC):
     When it helps, Risks, Prediction, Sources.
 
     `treats`: causes, those first that it treats best. `applicability`: see `Applicability`. `predicts`: the statistic
-    that must move if it works, and whether "up", "down" or "finite". `hastens`: it makes any run faster at first,
-    whatever is wrong with it: beside others, a short run says nothing for it.
+    that must move if it works, and whether "up", "down" or "finite".
     """
 
     treats: ClassVar[tuple[str, ...]]
     applicability: ClassVar[Applicability] = "automatic"
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]]
-    hastens: ClassVar[bool] = False
 
     @classmethod
     def remedy_name(cls) -> str:
@@ -51,6 +49,11 @@ class Remedy(ABC):
         """
         del history, cause
         yield cls()
+
+    @property
+    def hastens(self) -> bool:
+        """Whether any run is faster at first with it, whatever is wrong: beside others, a short run says nothing."""
+        return False
 
     def goes_with(self) -> tuple[str, ...]:
         """Texts of remedies that it is better applied together with: proposed with and without them."""

@@ -39,7 +39,7 @@ def treat(diagnosis: Diagnosis) -> tuple[Treatment, ...]:
 
 def every_treatment(history: History) -> tuple[Treatment, ...]:
     """The default form of every remedy of the catalogue that this program has a place for, advice left out."""
-    found = (_resolved(remedy(), history, None, 0.0) for remedy in REMEDIES.values())
+    found = (_resolved(remedy(), history, None) for remedy in REMEDIES.values())
     return tuple(treatment for treatment in found if treatment is not None and treatment.changes)
 
 
@@ -109,23 +109,22 @@ def _proposals(cause: Cause, history: History) -> Iterator[Treatment]:
 
 def _forms(remedy: Remedy, history: History, cause: str) -> Iterator[Treatment]:
     """The remedy together with what it goes with, then alone; nothing where the program has no place for it."""
-    alone = _resolved(remedy, history, cause, 0.0)
+    alone = _resolved(remedy, history, cause)
     if alone is None:
         return
-    others = [_resolved(parse(text), history, cause, 0.0) for text in remedy.goes_with()]
+    others = [_resolved(parse(text), history, cause) for text in remedy.goes_with()]
     together = [other for other in others if other is not None]
     if together:
         yield combine(alone, *together)
     yield alone
 
 
-def _resolved(remedy: Remedy, history: History, cause: str | None, score: float) -> Treatment | None:
+def _resolved(remedy: Remedy, history: History, cause: str | None) -> Treatment | None:
     try:
         return Treatment(
             remedies=(remedy,),
             changes=remedy.changes(history),
             cause=cause,
-            score=score,
             code=remedy.code(history),
         )
     except Inapplicable:

@@ -68,12 +68,20 @@ class FixTable:
         causes = ", ".join(cause.finding.name for cause in fix.diagnosis.at_least("warning"))
         if fix.best is None:
             why = "interrupted before anything was verified" if fix.interrupted else "nothing that was tried helped"
+            reason = next((t.verdict.why for t in fix.trials if t.verified and t.verdict.why), "")
+            why += f" ({reason})" * bool(reason)
             return f"Found {causes}; {why}. `isograd treat` proposes what only a human can change."
         best = fix.trials[fix.best]
+        steps = f"{best.steps}" if best.steps == fix.steps else f"{fix.steps} to {best.steps}"
+        left = "".join(
+            f" {words} {', '.join(names)}."
+            for words, names in (("It leaves", best.verdict.remaining), ("It brings", best.verdict.introduced))
+            if names
+        )
         confirmed = f" This confirms {', '.join(fix.confirmed)}." if fix.confirmed else ""
         return (
-            f"{best.treatment} {_DID[best.verdict.outcome]} on {best.verified} pairs of runs of {best.steps} steps: "
-            f"effect {best.verdict.effect} of the progress made.{confirmed} The code:"
+            f"{best.treatment} {_DID[best.verdict.outcome]} on {best.verified} pairs of runs of {steps} steps: "
+            f"effect {best.verdict.effect} of the progress made.{confirmed}{left} The code:"
         )
 
 

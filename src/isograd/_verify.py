@@ -62,6 +62,11 @@ class Arm:
         losses = np.full(history.num_steps, np.nan)
         if "loss" in history:
             losses[history["loss"].steps] = history["loss"].values
+        if "loss_nonfinite" in history:
+            # A step without a loss of its own is none that broke: it stands where the last one stood.
+            absent = np.isnan(losses)
+            absent[history["loss_nonfinite"].steps[history["loss_nonfinite"].values > 0]] = False
+            losses[absent] = _carried(losses)[absent]
         seconds = median(history["step_seconds"].values) if "step_seconds" in history else math.nan
         return cls(seed=seed, losses=losses, diagnosis=diagnosis, error=error, step_seconds=seconds)
 
@@ -154,7 +159,7 @@ def compare(
 ) -> Verdict:
     """The verdict on runs of equal seeds with and without a treatment; seeds that only one side has are left out.
 
-    `others`: runs with other treatments, whose progress counts as made: what is chosen from has to share one measure.
+    `others`: runs with other treatments, whose beginning and progress count: what is chosen from shares one measure.
     `cause`: what the treatment is for; with it gone from every treated run and the loss improved, it is resolved.
     Without a pair the outcome is inconclusive.
     """
@@ -173,7 +178,7 @@ def compare(
     failed = [b for _, b in pairs if b.error and not any(a.error == b.error for a, _ in pairs)]
     outcome = "worse" if failed else _outcome(effect)
     why = f"the treated program fails: {failed[0].error}" if failed else ""
-    moves = any(RULES[name].moves_objective for name in set[str]().union(*before))
+    moves = any(RULES[name].moves_objective for name in set[str]().union(*before, *after))
     if moves and outcome in ("improved", "worse") and not failed:
         outcome, why = "inconclusive", "what the loss is compared with learns as well: a lower loss is no better one"
     if outcome == "improved" and (cause in resolved if cause else resolved) and not introduced:
@@ -192,9 +197,10 @@ def compare(
 
 
 def _effect(pairs: Sequence[tuple[Arm, Arm]], steps: Sequence[int], others: Sequence[Arm]) -> Effect:
-    starts = [_start(a, b) for a, b in pairs]
+    beside = [[arm for arm in others if arm.seed == a.seed] for a, _ in pairs]
+    starts = [_start((a, b), more) for (a, b), more in zip(pairs, beside, strict=True)]
     ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
-    elsewhere = [_end(arm, n, start) for arm in others for n, start in zip(steps, starts, strict=True)]
+    elsewhere = [_end(arm, n, start) for more, n, start in zip(beside, steps, starts, strict=True) for arm in more]
     lowest = min([*map(min, ends), *elsewhere])
     scale = max(start - lowest for start in starts)
     spread = max(abs(a - b) for a, b in ends)
@@ -229,9 +235,13 @@ def _common_steps(a: Arm, b: Arm) -> int:
     return min(whole) if whole else min(a.steps, b.steps)
 
 
-def _start(*arms: Arm) -> float:
-    """The lower of what the runs begin with; 0 where no loss is finite: such a pair shows no progress."""
-    return min((level for level in map(_level, arms) if math.isfinite(level)), default=0.0)
+def _start(pair: tuple[Arm, Arm], others: Sequence[Arm]) -> float:
+    """The lowest of what the runs begin with; 0 where no loss is finite: such a pair shows no progress.
+
+    Of `others` no run begins below its first loss: what it learns in its first steps is no part of where it began.
+    """
+    levels = [*map(_level, pair), *(max(_level(arm), float(arm.losses[0])) for arm in others if arm.steps)]
+    return min((level for level in levels if math.isfinite(level)), default=0.0)
 
 
 def _level(arm: Arm) -> float:
@@ -254,11 +264,17 @@ def _end(arm: Arm, steps: int, start: float = math.nan) -> float:
         return start
     if math.isnan(start):
         return float(np.mean(last))
-    return min(start, float(np.mean(np.minimum(last, last[(len(last) - 1) * 19 // 20]))))
+    return min(start, float(np.mean(np.minimum(last, last[len(last) - 1 - len(last) // 20]))))
 
 
 def _alarms(diagnosis: Diagnosis) -> set[str]:
     return {cause.finding.name for cause in diagnosis.at_least("warning")}
+
+
+def _carried(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """At each step the last finite loss, NaN before the first."""
+    last = np.maximum.accumulate(np.where(np.isfinite(losses), np.arange(len(losses)), -1))
+    return np.where(last >= 0, losses[np.maximum(last, 0)], np.nan)
 
 
 def _or_none(value: float) -> float | None:

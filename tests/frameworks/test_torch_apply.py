@@ -1,7 +1,9 @@
 """What applied changes do to real training steps, against the same steps written out by hand."""
 
 import copy
+import gc
 import math
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -841,36 +843,75 @@ class Listed(nn.Module):
 def test_layers_in_containers_are_registered_and_trained():
     """The model computes the same, every layer of it moves, and undo gives the containers and the groups back."""
     model, x = Listed(), torch.randn(8, 3)
-    before, containers, expected = vars(model).copy(), [model.hidden, model.pair, model.heads], model(x)
+    containers, expected = [model.hidden, model.pair, model.heads], model(x)
     applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=pytest.fail)
     applier.listen()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     assert torch.equal(expected, model(x))
-    assert ["a", "b"] == list(model.heads)
-    assert model.known is before["known"]
+    assert all(a is b for a, b in zip(containers, [model.hidden, model.pair, model.heads], strict=True))
+    assert model.heads.get("c") is None
     weights = [p.detach().clone() for p in model.parameters()]
     assert 2 * 6 == len(weights)
-    for _ in range(2):
+    for _ in range(3):
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert ("Layers that were left out have been trained.",) == applier.undo()
-    assert all(a is b for a, b in zip(containers, [model.hidden, model.pair, model.heads], strict=True))
+    assert [] == [name for name, _ in model.named_parameters() if name.startswith("registered")]
     assert [id(p) for p in model.first.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
     assert 2 == len(optimizer.state)
 
 
 def test_layers_that_replaced_others_are_trained():
-    """A head that was put in after the optimizer was made joins it before the first step."""
+    """A head that was put in after the optimizer was made joins it before the first step, and the old one leaves."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    with treated(changes.RegisterParameters()):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        model[1] = nn.Linear(4, 5)
-        before = model[1].weight.detach().clone()
+    applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=pytest.fail)
+    applier.listen()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replaced, model[1] = model[1], nn.Linear(4, 5)
+    before = model[1].weight.detach().clone()
+    for _ in range(2):  # what was there at the first step is not of that step alone
+        optimizer.zero_grad()
         model(torch.randn(6, 3)).square().sum().backward()
         optimizer.step()
+    assert [id(p) for p in model.parameters()] == [id(p) for p in optimizer.param_groups[0]["params"]]
+    applier.undo()
     assert not torch.equal(before, model[1].weight)
+    held = [*model[0].parameters(), *replaced.parameters()]
+    assert [id(p) for p in held] == [id(p) for p in optimizer.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize("complete_first", [True, False])
+def test_one_of_two_models_is_complete(complete_first):
+    """A generator with layers in a list beside a complete discriminator: whoever steps first, they are trained."""
+    generator, discriminator = Listed(), nn.Linear(2, 1)
+    applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=pytest.fail)
+    applier.listen()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (generator, discriminator)]
+    before = generator.hidden[0].weight.detach().clone()
+    for _ in range(2):
+        for optimizer in reversed(optimizers) if complete_first else optimizers:
+            optimizer.zero_grad()
+            discriminator(generator(torch.randn(6, 3))).square().sum().backward()
+            optimizer.step()
+    applier.undo()
+    assert not torch.equal(before, generator.hidden[0].weight)
+
+
+def test_a_registered_model_does_not_outlive_the_program_s_use():
+    """Nothing that is kept for undoing keeps a model or an optimizer alive."""
+    applier = Applier([changes.RegisterParameters()], on_event=lambda *_: None, on_refusal=pytest.fail)
+    applier.listen()
+    model = Listed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(6, 3)).square().sum().backward()
+    optimizer.step()
+    refs = [weakref.ref(model), weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [None, None] == [one() for one in refs]
+    applier.undo()
 
 
 def test_what_another_optimizer_holds_stays_there():

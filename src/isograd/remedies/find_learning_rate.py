@@ -37,9 +37,12 @@ class FindLearningRate(Remedy):
 
     treats: ClassVar[tuple[str, ...]] = ("learning-rate-too-high", "learning-rate-too-low", "undertrained")
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("loss", "down")
-    hastens: ClassVar[bool] = True
 
     factor: float = 1.0
+
+    @property
+    def hastens(self) -> bool:
+        return self.factor > 1
 
     @classmethod
     def candidates(cls, history: History, cause: Finding | None = None) -> Iterator[Remedy]:

@@ -96,7 +96,7 @@ class InsertNormalization(Remedy):
             "rms": f"torch.nn.RMSNorm({size})",
         }[self.kind]
         if rank > 2 and self.kind in ("batch", "group"):
-            # These take features at axis 1: every position is a row of its own.
+            # These take features at axis 1: every position is a row of its own, and sequences are as long as here.
             axes = ", ".join(map(str, (-1, *layer.shape[1:-1])))
             made = f"torch.nn.Flatten(0, {rank - 2}), {made}, torch.nn.Unflatten(0, ({axes}))"
         return f"torch.nn.Sequential(layer, {made})"

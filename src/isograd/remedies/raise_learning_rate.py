@@ -37,9 +37,12 @@ class RaiseLearningRate(Remedy):
 
     treats: ClassVar[tuple[str, ...]] = ("learning-rate-too-low", "undertrained", "update-below-precision")
     predicts: ClassVar[tuple[str, Literal["up", "down", "finite"]]] = ("update_ratio", "up")
-    hastens: ClassVar[bool] = True
 
     factor: float = 10.0
+
+    @property
+    def hastens(self) -> bool:
+        return True
 
     @classmethod
     def candidates(cls, history: History, cause: Finding | None = None) -> Iterator[Remedy]:

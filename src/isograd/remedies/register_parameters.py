@@ -16,8 +16,8 @@ class RegisterParameters(Remedy):
     """Let the model and the optimizer hold all parameters.
 
     What it does
-        Layers in plain lists and dicts go into ModuleList and ModuleDict, and the optimizer trains every trainable
-        parameter of the model that none holds: as if it had been built after the last change of the model.
+        Layers in plain lists and dicts become the model's, as in ModuleList and ModuleDict, and the optimizer trains
+        every trainable parameter that none holds: as if it had been built after the last change of the model.
 
     When it helps
         Layers in a plain list or dict; layers replaced after the optimizer was built.

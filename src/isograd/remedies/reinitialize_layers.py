@@ -50,11 +50,12 @@ class ReinitializeLayers(Remedy):
     """Draw the weights afresh, at the scale that keeps the signal's size.
 
     What it does
-        `method`: xavier (Var 2 / (fan_in + fan_out)), kaiming (2 / fan_in, for rectifiers), orthogonal, lsuv
-        (orthogonal, then each layer scaled to unit output on a batch), critical (weight and bias variance at the
-        critical point of GELU and SiLU), fixup (residual branches), forget-bias (LSTM forget gate +1), chrono (gate
-        biases for long memory), identity-recurrence (recurrent weights = identity). Matrices of the program's own are
-        drawn where all their entries are equal.
+        `method`: xavier (Var 2 / (fan_in + fan_out)), kaiming (2 / fan_in, for rectifiers), orthogonal (of a recurrent
+        model the recurrent matrices, and zero for the biases of plain recurrences), lsuv (orthogonal, then each layer
+        scaled to unit output on a batch), critical (weight and bias variance at the critical point of GELU and SiLU),
+        fixup (residual branches), forget-bias (LSTM forget gate +1), chrono (gate biases for long memory),
+        identity-recurrence (recurrent weights = identity). Matrices of the program's own are drawn where all their
+        entries are equal.
 
     When it helps
         Zero or badly scaled weights; plain deep networks: torch's default draws Var 1 / (3 fan_in), six times too small

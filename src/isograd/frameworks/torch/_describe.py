@@ -145,7 +145,8 @@ def names_of(parameters: list[Tensor]) -> list[str]:
     no part of the module, and its parameters are not among the module's.
     """
     names: dict[int, str] = {}
-    for place, thing in _kept_in_containers():
+    for module, attribute, key, thing in kept_in_containers(all_modules()):
+        place = f"{type(module).__name__}.{attribute}[{key!r}]"
         if isinstance(thing, nn.Module):
             names |= {id(tensor): f"{place}.{path}" for path, tensor in thing.named_parameters()}
         else:
@@ -156,12 +157,15 @@ def names_of(parameters: list[Tensor]) -> list[str]:
     return [names.get(id(p), f"a tensor of shape {list(p.shape)}") for p in parameters]
 
 
-def _kept_in_containers() -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    """Modules and parameters in the lists, tuples and dicts among the attributes of the modules alive.
+def kept_in_containers(
+    modules: Iterable[nn.Module],
+) -> Iterator[tuple[nn.Module, str, object, nn.Module | nn.Parameter]]:
+    """Modules and parameters in the lists, tuples and dicts among the attributes of `modules`: (module, attribute,
+    index or key, what is there).
 
     A list of one whole network is left out: that is how a network is kept out of another one's parameters on purpose.
     """
-    for module in all_modules():
+    for module in list(modules):
         registered = {id(thing) for thing in (*module.children(), *module.parameters())}
         for name, value in list(vars(module).items()):
             if name not in vars(_PLAIN_MODULE):  # torch's own tables: of children, parameters, hooks
@@ -169,7 +173,7 @@ def _kept_in_containers() -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
                 if len(kept) > 1 or not any(
                     isinstance(thing, nn.Module) and list(thing.children()) for _, thing in kept
                 ):
-                    yield from ((f"{type(module).__name__}.{name}[{key!r}]", thing) for key, thing in kept)
+                    yield from ((module, name, key, thing) for key, thing in kept)
 
 
 def _entries(container: object) -> list[tuple[object, nn.Module | nn.Parameter]]:

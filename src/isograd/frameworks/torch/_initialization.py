@@ -51,8 +51,9 @@ class Reinitialization(ModelEffect):
 
     def __init__(self, change: _changes.ReinitializeLayers, site: Site, back: ExitStack) -> None:
         layers = [module for _, module in site.layers((*_WEIGHTED, *_RECURRENT), change.layers)]
-        equal = [] if change.layers else list(_equal_matrices(site))
-        drawn = [*(p for layer in layers for p in layer.parameters(recurse=False)), *equal]
+        drawn: list[Tensor] = [p for layer in layers for p in layer.parameters(recurse=False)]
+        equal = [] if change.layers else list(_equal_matrices(site, {id(parameter) for parameter in drawn}))
+        drawn += equal
         self._before = [(parameter, parameter.detach().clone()) for parameter in drawn]
         back.callback(self._put_back)
         with torch.no_grad(), own_randomness():
@@ -74,10 +75,12 @@ class Reinitialization(ModelEffect):
                 parameter.copy_(before)
 
 
-def _equal_matrices(site: Site) -> Iterator[Tensor]:
-    """Trained matrices outside of torch's own layers that have one value in all places."""
+def _equal_matrices(site: Site, known: set[int]) -> Iterator[Tensor]:
+    """Trained matrices outside of torch's own layers, `known` ones left out, that have one value in all places."""
     own = [m for _, m in describe.walk(site.root) if not type(m).__module__.startswith("torch.nn")]
     for parameter in (*site.loose, *(p for module in own for p in module.parameters(recurse=False))):
+        if id(parameter) in known:
+            continue
         is_matrix = parameter.requires_grad and parameter.dim() > 1 and min(parameter.shape) > 1
         if is_matrix and parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
             yield parameter

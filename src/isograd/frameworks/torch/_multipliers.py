@@ -33,7 +33,7 @@ class Multiplier(Protocol):
         """The step is over."""
 
 
-class Constant:
+class Rescaled:
     """A factor; or a value, which is the factor value / (first rate of the group), so that schedules keep their shape.
 
     A group whose first rate is 0 gets the value itself.
@@ -59,7 +59,7 @@ class Constant:
         return None
 
 
-class Held:
+class Constant:
     """The largest rate that the program has set so far: it may rise, as in a warm-up, and never falls again."""
 
     def __init__(self) -> None:
@@ -138,9 +138,9 @@ def _optimizer_of_nothing() -> SGD:
 def multiplier_of(change: SetHyperparameter | _changes.ScheduleLearningRate) -> Multiplier:
     """The multiplier of a change. Raises CannotApply for what torch's scheduler does not take."""
     if isinstance(change, SetHyperparameter):
-        return Constant(value=change.value, factor=change.factor)
+        return Rescaled(value=change.value, factor=change.factor)
     if change.shape == "constant":
-        return Held()
+        return Constant()
     try:
         if change.shape == "plateau":
             return Plateau(change.end or 0.1, change.steps)

@@ -2,95 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isograd import _changes
 from isograd._changes import CannotApply
 from isograd.frameworks.torch import _describe as describe
 from isograd.frameworks.torch._effects import OWN, StepEffect, parameters_of
-from isograd.frameworks.torch._surgery import join_optimizer
+from isograd.frameworks.torch._surgery import join_optimizer, leave_optimizer, refuse_wrapped
 
 
 @dataclass
-class _Held:
-    """What was done for an optimizer."""
+class _Done:
+    """What was done for an optimizer. `at_first`: which of its parameters its models held when it was made."""
 
     roots: list[ref[nn.Module]]
-    back: ExitStack = field(default_factory=ExitStack)
+    at_first: frozenset[int]
+    registered: list[tuple[ref[nn.Module], str]] = field(default_factory=list)
+    joined: list[Tensor] = field(default_factory=list)
+    lists_before: list[tuple[str, list[Any]]] = field(default_factory=list)
     is_complete: bool = False
 
 
 class Registration(StepEffect):
-    """`RegisterParameters`: lists and dicts of modules become `ModuleList` and `ModuleDict` at once; before the first
-    step every trainable parameter of the optimizer's models that no optimizer holds joins its first group.
+    """`RegisterParameters`: what the models of an optimizer keep in lists and dicts becomes theirs at once; before the
+    first step every trainable parameter of theirs that no optimizer holds joins its first group, and those that they
+    have lost since it was made leave it.
+
+    The lists and dicts stay what the program uses; a second, registered name goes beside them.
     """
 
     def __init__(self, change: _changes.RegisterParameters) -> None:
         del change
-        self._held: WeakKeyDictionary[Optimizer, _Held] = WeakKeyDictionary()
+        self._done: WeakKeyDictionary[Optimizer, _Done] = WeakKeyDictionary()
 
     def adopt(self, optimizer: Optimizer, roots: Sequence[nn.Module]) -> str:
-        held = self._held[optimizer] = _Held([ref(root) for root in roots])
-        count = 0
         for root in roots:
-            for module, name, container in list(_containers(root)):
-                held.back.callback(partial(_put_back, module, name, vars(module)[name]))
-                setattr(module, name, container)
-                count += 1
-        return f"{count} lists and dicts registered" if count else ""
+            refuse_wrapped(root)
+        known = {id(parameter) for root in roots for parameter in root.parameters()}
+        done = self._done[optimizer] = _Done([ref(root) for root in roots], frozenset(known))
+        for root in roots:
+            done.registered += _registered(root)
+        return f"{len(done.registered)} out of lists and dicts registered" if done.registered else ""
 
     def before_step(self, optimizer: Optimizer) -> None:
-        held = self._held[optimizer]
-        if held.is_complete:
+        done = self._done[optimizer]
+        if done.is_complete:
             return
-        held.is_complete = True
+        done.is_complete = True
         stepped = {id(p) for other in describe.all_optimizers() if other not in OWN for p in parameters_of(other)}
-        models = [model for model in (root() for root in held.roots) if model is not None]
-        fresh = {
-            id(parameter): (name, parameter)
-            for model in models
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in stepped
-        }
+        models = [model for model in (root() for root in done.roots) if model is not None]
+        present = {id(p): (name, p) for model in models for name, p in model.named_parameters()}
+        fresh = [(name, p) for key, (name, p) in present.items() if p.requires_grad and key not in stepped]
         if not fresh:
-            raise CannotApply("Every trainable parameter of the model is held by an optimizer already.")
-        join_optimizer(optimizer, optimizer.param_groups[0], fresh.values(), held.back)
+            if all(one.is_complete and not one.joined for one in self._done.values()):
+                raise CannotApply("Every trainable parameter of the model is held by an optimizer already.")
+            return
+        done.lists_before = [(key, list(g[key])) for g in optimizer.param_groups for key in _LISTS if key in g]
+        for name, parameter in fresh:
+            join_optimizer(optimizer, optimizer.param_groups[0], name, parameter)
+            parameter.grad = None  # summed up since the start, or scaled: nobody cleared it
+            done.joined.append(parameter)
+        lost = [p for p in parameters_of(optimizer) if id(p) in done.at_first and id(p) not in present]
+        leave_optimizer(optimizer, lost)
 
     def undo(self, optimizer: Optimizer) -> str | None:
-        held = self._held.pop(optimizer, None)
-        if held is None:
+        done = self._done.pop(optimizer, None)
+        if done is None:
             return None
-        held.back.close()
-        return "Layers that were left out have been trained." if held.is_complete else None
+        leave_optimizer(optimizer, done.joined)
+        lists = [(group, key) for group in optimizer.param_groups for key in _LISTS if key in group]
+        for (group, key), (_, before) in zip(lists, done.lists_before, strict=False):
+            group[key][:] = before
+        for module, name in done.registered:
+            owner = module()
+            if owner is not None and hasattr(owner, name):
+                delattr(owner, name)
+        return "Layers that were left out have been trained." if done.joined else None
 
 
-def _containers(root: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(module, attribute, what it should be) for each list, tuple and dict of modules that the model does not hold."""
-    known = set(root.modules())
-    own = vars(nn.Module())
-    for module in root.modules():
-        for name, value in vars(module).items():
-            if name in own:
-                continue
-            values = list(value.values()) if isinstance(value, dict) else value
-            if not isinstance(values, (list, tuple)) or not values or not all(isinstance(v, nn.Module) for v in values):
-                continue
-            if known.issuperset(values):  # another way to what is registered
-                continue
-            if not isinstance(value, dict):
-                yield module, name, nn.ModuleList(values)
-            elif all(isinstance(key, str) for key in value):
-                yield module, name, nn.ModuleDict(value)
+_LISTS = ("params", "param_names")
 
 
-def _put_back(module: nn.Module, name: str, value: Any) -> None:
-    delattr(module, name)
-    setattr(module, name, value)
+def _registered(root: nn.Module) -> list[tuple[ref[nn.Module], str]]:
+    """Register what modules of the model keep in containers, also inside of what was just registered; (owner, name)."""
+    done: list[tuple[ref[nn.Module], str]] = []
+    known = {id(thing) for thing in (*root.modules(), *root.parameters())}
+    while found := [
+        (module, name, thing)
+        for module, name, _, thing in describe.kept_in_containers(root.modules())
+        # A sequence or list would run or count what is added to it.
+        if id(thing) not in known and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    ]:
+        for module, name, thing in found:
+            label = f"registered_{name}_{len(done)}"
+            if isinstance(thing, nn.Module):
+                module.add_module(label, thing)
+            else:
+                module.register_parameter(label, thing)
+            known.add(id(thing))
+            done.append((ref(module), label))
+    return done

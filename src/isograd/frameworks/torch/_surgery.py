@@ -323,29 +323,27 @@ class OutputActivationRemoval(ModelEffect):
 
 def _insert(site: Site, weight: Tensor, fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack) -> None:
     """Let the site's optimizer train new (name, parameter) pairs, in the group of `weight`: schedules are per group."""
-    optimizer, named = site.optimizer, list(fresh)
+    optimizer = site.optimizer
     group = next(
         (g for g in optimizer.param_groups if any(p is weight for p in g["params"])), optimizer.param_groups[0]
     )
-    join_optimizer(optimizer, group, named, back)
-    site.inserted.extend(parameter for _, parameter in named)
+    for name, parameter in fresh:
+        join_optimizer(optimizer, group, name, parameter)
+        back.callback(leave_optimizer, optimizer, [parameter])
+        site.inserted.append(parameter)
 
 
-def join_optimizer(
-    optimizer: Optimizer, group: dict[str, Any], fresh: Iterable[tuple[str, nn.Parameter]], back: ExitStack
-) -> None:
-    """Let an optimizer train new (name, parameter) pairs in one of its groups.
+def join_optimizer(optimizer: Optimizer, group: dict[str, Any], name: str, parameter: nn.Parameter) -> None:
+    """Let an optimizer train one more parameter in one of its groups.
 
     Raises CannotApply where the optimizer has state already and nothing tells what that of a new parameter is.
     """
-    for name, parameter in fresh:
-        state = _first_state(optimizer, group, parameter)
-        group["params"].append(parameter)
-        if "param_names" in group:
-            group["param_names"].append(name)
-        if state:
-            optimizer.state[parameter] = state
-        back.callback(leave_optimizer, optimizer, [parameter])
+    state = _first_state(optimizer, group, parameter)
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(name)
+    if state:
+        optimizer.state[parameter] = state
 
 
 def _first_state(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
@@ -363,7 +361,7 @@ def _first_state(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Para
     return dict(twin.state.get(parameter, {}))
 
 
-def leave_optimizer(optimizer: Optimizer, gone: Iterable[nn.Parameter]) -> None:
+def leave_optimizer(optimizer: Optimizer, gone: Iterable[Tensor]) -> None:
     """Take parameters out of an optimizer again, with their state."""
     ids = {id(parameter) for parameter in gone}
     for group in optimizer.param_groups:
