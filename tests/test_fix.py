@@ -13,11 +13,12 @@ import pytest
 
 from isograd import _fix
 from isograd._changes import SetHyperparameter
-from isograd._fix import Tried, _ranked
+from isograd._diagnose import Diagnosis
+from isograd._fix import Tried, _compared, _ranked
 from isograd._remedy import Treatment
 from isograd._treat import parse
 from isograd._trial import Program, Trial, run_trial
-from isograd._verify import Effect, Verdict
+from isograd._verify import Arm, Effect, Verdict
 
 PROGRAM = """
 import torch
@@ -139,6 +140,34 @@ def test_of_one_remedy_the_form_that_does_most_goes_first():
 
     assert [hundred, ten] == screened((ten, 0.6, 0.2, True), (hundred, 0.3, 1.0, True))
     assert [ten, hundred] == screened((ten, 0.6, 0.7, True), (hundred, 0.3, 1.0, True))
+
+
+def test_forms_of_a_remedy_share_a_measure_that_others_do_not_take_from_it():
+    """Ten and a hundred times the rate are told apart; what is no rate is measured without them."""
+
+    def run(end):
+        losses = np.r_[np.full(10, 2.3), np.linspace(2.3, end, 90)]
+        return Arm(seed=0, losses=losses, diagnosis=Diagnosis(run="", subjects=("m",), steps=100))
+
+    texts = ("raise-learning-rate", "raise-learning-rate:factor=100.0", "raise-precision")
+    treatments = [Treatment(remedies=(parse(text),), changes=(), cause="c") for text in texts]
+    ten, hundred, precision = _compared(run(2.3), list(zip(treatments, map(run, (2.2, 0.1, 1.9)), strict=True)))
+
+    assert ten.verdict.effect.value < 0.1
+    assert hundred.verdict.effect.value == precision.verdict.effect.value == pytest.approx(1.0)
+
+
+def test_every_remedy_is_tried_once_before_its_other_forms(monkeypatch):
+    """The first wave has different remedies, in the order of their scores."""
+    clip = "clip-gradient-norm"
+    texts = (clip, f"{clip}:max_norm=2.0", "skip-bad-steps", f"{clip}:max_norm=3.0", "scale-loss")
+    proposals = [
+        Treatment(remedies=(parse(text),), changes=(SetHyperparameter(name="lr", factor=0.5),)) for text in texts
+    ]
+    monkeypatch.setattr(_fix, "treat", lambda diagnosis: proposals)
+    search = _fix.Search(program=Program(args=("x.py",)), executor=None)
+
+    assert [texts[i] for i in (0, 2, 4, 1, 3)] == [str(t) for t in search._candidates(None)]
 
 
 def fixed(program, *options):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -196,7 +197,14 @@ class Search:
             yield replace(fix, interrupted=True)
 
     def _candidates(self, diagnosis: Diagnosis) -> list[Treatment]:
-        return [t for t in treat(diagnosis) if t.changes and t.applicability == "automatic"][:CANDIDATES]
+        """What is proposed, every remedy once before the other forms of one."""
+        found = [t for t in treat(diagnosis) if t.changes and t.applicability == "automatic"]
+        forms = Counter[str]()
+        turns = {}
+        for treatment in found:
+            turns[str(treatment)] = forms[_family(treatment)]
+            forms[_family(treatment)] += 1
+        return sorted(found, key=lambda treatment: turns[str(treatment)])[:CANDIDATES]
 
     def _screen(self, first: Arm, candidates: Sequence[Treatment], subject: str) -> tuple[list[Tried], float]:
         self._short = steps = _screening_steps(first)
@@ -226,9 +234,9 @@ class Search:
         fix = replace(fix, steps=steps)
         chance = max(MATTERS, 2 * fix.noise)
         promising = [tried for tried in fix.trials if _is_promising(tried, chance)]
-        families = {_family(tried): tried for tried in reversed(promising)}
+        families = {_family(tried.treatment): tried for tried in reversed(promising)}
         # Different remedies first, then other forms of them.
-        finalists = sorted(promising, key=lambda tried: tried is not families[_family(tried)])
+        finalists = sorted(promising, key=lambda tried: tried is not families[_family(tried.treatment)])
         if not finalists:
             return
         fix = yield from self._compete(fix, finalists[: FINALISTS + self.every], subject, steps)
@@ -405,12 +413,17 @@ def _screening_steps(first: Arm) -> int:
 
 
 def _compared(untreated: Arm, runs: Sequence[tuple[Treatment, Arm]]) -> list[Tried]:
-    """One pair for each treatment, all in the same measure."""
-    others = [arm for treatment, arm in runs if not _hastens(treatment)] or [arm for _, arm in runs]
+    """One pair for each treatment, in the measure of all: only forms of one remedy measure themselves by what merely
+    hastens.
+    """
+
+    def beside(treatment: Treatment) -> list[Arm]:
+        return [arm for other, arm in runs if not _hastens(other) or _family(other) == _family(treatment)]
+
     return [
         Tried(
             treatment=treatment,
-            verdict=compare([untreated], [arm], cause=treatment.cause, others=others),
+            verdict=compare([untreated], [arm], cause=treatment.cause, others=beside(treatment)),
             seconds=arm.seconds,
             steps=arm.steps,
         )
@@ -431,11 +444,11 @@ def _ranked(tried: Sequence[Tried]) -> list[Tried]:
     """
     families: dict[str, list[Tried]] = {}
     for one in tried:
-        families.setdefault(_family(one), []).append(one)
+        families.setdefault(_family(one.treatment), []).append(one)
     largest = _largest_effect([one for one in tried if not _hastens(one.treatment)])
 
     def order(one: Tried) -> tuple[float, ...]:
-        effect, family = one.verdict.effect.value, families[_family(one)]
+        effect, family = one.verdict.effect.value, families[_family(one.treatment)]
         cured, matters = _promise(one)
         large = matters and effect >= largest / 10
         suits = max(other.treatment.score for other in family)
@@ -458,9 +471,9 @@ def _hastens(treatment: Treatment) -> bool:
     return any(remedy.hastens for remedy in treatment.remedies)
 
 
-def _family(tried: Tried) -> str:
+def _family(treatment: Treatment) -> str:
     """The name of its first remedy."""
-    return tried.treatment.remedies[0].remedy_name()
+    return treatment.remedies[0].remedy_name()
 
 
 def _adds(treatment: Treatment, other: Treatment) -> bool:

@@ -178,7 +178,7 @@ def compare(
     failed = [b for _, b in pairs if b.error and not any(a.error == b.error for a, _ in pairs)]
     outcome = "worse" if failed else _outcome(effect)
     why = f"the treated program fails: {failed[0].error}" if failed else ""
-    moves = any(RULES[name].moves_objective for name in set[str]().union(*before, *after))
+    moves = any(RULES[name].moves_objective for name in set[str]().union(*before, *after) & RULES.keys())
     if moves and outcome in ("improved", "worse") and not failed:
         outcome, why = "inconclusive", "what the loss is compared with learns as well: a lower loss is no better one"
     if outcome == "improved" and (cause in resolved if cause else resolved) and not introduced:
