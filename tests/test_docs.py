@@ -3,6 +3,8 @@
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import click
@@ -62,6 +64,27 @@ def test_commands_in_the_readme_can_be_typed(readme):
         # A command keeps the help option of the first context it saw: without its parent's, `-h` would be gone.
         cli.commands[name].make_context(name, arguments, parent=whole)
     assert len(lines) >= 5
+
+
+def test_what_the_readme_says_of_a_deep_network_is_what_preflight_says(readme, tmp_path):
+    """README's program, given to the command that stands below it, prints the lines that stand below that."""
+    code = re.search(r"^```python\n(# deep\.py\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"`isograd preflight deep\.py:build` says.*?^```\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert code
+    assert shown
+    (tmp_path / "deep.py").write_text(code[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "isograd", "preflight", "deep.py:build"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+
+    number, printed = r"(\d+(?:\.\d+)?)", " ".join(done.stdout.split())
+    for line in map(str.strip, shown[1].splitlines()):
+        found = re.search(number.join(map(re.escape, re.split(r"\d+(?:\.\d+)?", line))), printed)
+
+        # Other machines round otherwise.
+        assert found, line
+        assert list(map(float, found.groups())) == pytest.approx(list(map(float, re.findall(number, line))), rel=0.05)
 
 
 def test_names_in_the_readme_exist(readme):
