@@ -437,7 +437,7 @@ def test_repairs_are_counted_by_program():
 
     assert "| `isograd fix` | 1 of 3 (33%) | 1 |" in page
     assert "| clip at 1.0 | 1 of 3 (33%) | 1 |" in page
-    assert "repaired with no seed: d." in page
+    assert "It repairs with no seed: d; with some seeds only: b." in page
     assert "| c | It is too late. |" in page
     assert "median 4.0, worst 4.0" in page
 
