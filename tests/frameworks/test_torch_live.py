@@ -157,17 +157,17 @@ def test_a_change_acts_until_it_is_undone_and_then_training_goes_on_in_the_same_
     plain, untreated, program = Program(**kind), Program(**kind), Program(**kind)
     plain.steps(0, 1, 2, 3, 4, 5)
     untreated.steps(0, 1, 2, *untreated.under)
-    # Every step is deep, so that the watch's own hooks are there or not whatever time a step takes.
-    with isograd.watch(program.model, program.optimizer, out=tmp_path, every=1) as run:
+    consists = shape_of(program)
+    with isograd.watch(program.model, program.optimizer, out=tmp_path) as run:
         program.steps(0, 1, 2)
-        start, consists = program.state(), shape_of(program)
+        start = program.state()
         undo = run.apply(change)
         program.steps(*program.under)
         treated = flat(program.model.state_dict())
         left = undo()
-        assert shape_of(program) == consists
         program.set_back(start)
         program.steps(3, 4, 5)
+    assert shape_of(program) == consists  # behind the watch, whose own hooks come and go
     assert flat(plain.state()) == flat(program.state())
     assert treated != flat(untreated.model.state_dict())
     assert "watch-detached" not in [event.kind for event in run.histories()[0].events]
