@@ -143,9 +143,11 @@ def test_a_forbidden_import_is_seen_wherever_it_stands():
 
 
 def test_nothing_draws_from_the_users_random_generators():
-    """No module imports `random` or names NumPy's or torch's global generator; only launching and treating may."""
-    # What is drawn for weights that a treatment asks for comes from a stream of its own.
-    may_seed = {SOURCE / "frameworks/torch/_seed.py", SOURCE / "frameworks/torch/_initialization.py"}
+    """No module imports `random` or names NumPy's or torch's global generator; only launching, treating and the keeping
+    of their states may.
+    """
+    # What is drawn for weights that a treatment asks for comes from a stream of its own; states are noted and put back.
+    may_seed = {SOURCE / f"frameworks/torch/{name}.py" for name in ("_seed", "_initialization", "_generators")}
     calls = re.compile(
         r"\bnp\.random\.|\bnumpy\.random\.|\btorch\.(manual_seed|seed|rand\w*|normal|bernoulli|multinomial)\("
     )
@@ -234,12 +236,12 @@ def test_wheel_holds_the_package(wheel):
 
 
 def test_wheel_needs_no_framework(wheel):
-    """What a wheel requires without an extra is NumPy and the terminal, no deep-learning framework."""
+    """What a wheel requires without an extra is NumPy, capsules' format and the terminal, no deep-learning framework."""
     archive = zipfile.ZipFile(wheel)
     metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
 
-    assert {"click", "numpy", "rich", "tomli"} == {
+    assert {"click", "numpy", "rich", "safetensors", "tomli"} == {
         re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line
     }
 

@@ -1,6 +1,9 @@
 """Exceptions that a caller might want to catch. Everything else is `ValueError` (the user's mistake) or a bug.
 
 IsogradError
+├── BadStep            a guard that was asked to stop has stopped the run before a bad step
+├── CannotReplay       the program that was named does not come to the captured step
+├── CapsuleUnreadable  a capsule is missing, damaged, or none
 ├── RunNotFound        a path is not a run folder, or there is no run yet
 ├── RunUnreadable      the run file exists and cannot be understood
 ├── UnhealthyRun       a diagnosis has a cause at or above the level that was asked for
@@ -13,6 +16,18 @@ from __future__ import annotations
 
 class IsogradError(Exception):
     """Base of isograd's own exceptions; its text is one sentence: what, where, what to do."""
+
+
+class BadStep(IsogradError):
+    """A guard has ended the run before a bad step was taken: weights and optimizer state are as before it."""
+
+
+class CannotReplay(IsogradError):
+    """The named program did not come to the captured step, or is another one."""
+
+
+class CapsuleUnreadable(IsogradError):
+    """A path is no capsule, or one that is truncated, of a newer format, or not what isograd writes."""
 
 
 class RunNotFound(IsogradError):
