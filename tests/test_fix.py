@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from isograd import _fix
-from isograd._changes import SetHyperparameter
+from isograd._changes import RegisterParameters, SetHyperparameter
 from isograd._diagnose import Diagnosis
 from isograd._fix import Tried, _compared, _ranked
 from isograd._remedy import Treatment
@@ -218,6 +218,21 @@ def test_a_long_program_is_tried_as_far_as_its_fault_shows(program, monkeypatch)
     assert max(tried.steps for tried in found.trials) <= found.steps < 10_000
 
 
+def test_what_the_program_has_no_place_for_is_not_told_as_harm(program, monkeypatch):
+    """Where every parameter is held, registering them is refused when the program runs: no row, and no verdict."""
+    refused = run_trial(Trial(program=program(), changes=(RegisterParameters(),)))
+    assert (0, True) == (refused.steps, refused.refused)
+    assert "held by an optimizer already" in refused.error
+
+    proposals = [
+        Treatment(remedies=(parse("register-parameters"),), changes=(RegisterParameters(),), cause="c"),
+        Treatment(remedies=(parse("lower-learning-rate"),), changes=(SetHyperparameter(name="lr", factor=0.1),)),
+    ]
+    monkeypatch.setattr(_fix, "treat", lambda diagnosis: proposals)
+    found = _fix.fix(program(layers=SICK, steps=60), jobs=2)
+    assert ["lower-learning-rate"] == [str(tried.treatment) for tried in found.trials]
+
+
 def test_chance_is_measured_where_a_program_does_not_repeat(program):
     """A program that seeds itself from the clock differs from itself; the search says by how much."""
     twice = HEALTHY + "\nmodel.append(nn.Softmax(1))"
@@ -234,6 +249,29 @@ def test_a_trial_that_takes_too_much_memory_is_ended(program):
     arm = run_trial(Trial(program=hungry, memory=2**30, seconds=120))
 
     assert "memory limit of 1024 MiB" in arm.error
+
+
+def test_ctrl_c_does_not_wait_for_what_is_under_way(program, tmp_path):
+    """Interrupted in a run of many minutes, the search is over in seconds, and so is the run."""
+    mark = tmp_path / "steps"
+    endless = program(
+        layers=SICK, steps=10**6, extra=f"open({str(mark)!r}, 'a').write('.'); __import__('time').sleep(0.1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "isograd", "fix", *endless.args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not mark.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    taken = mark.stat().st_size
+    time.sleep(1.0)
+
+    assert 130 == process.returncode
+    assert "Traceback" not in err
+    assert taken == mark.stat().st_size
 
 
 def test_ctrl_c_prints_what_is_known(program, tmp_path):

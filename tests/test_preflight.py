@@ -15,7 +15,7 @@ from isograd._cli import main
 from isograd._mean_field import Stage, walk
 from isograd._preflight import sizes_of
 from isograd.frameworks.torch._curvature import adam_scale, hessian_product, largest_eigenvalue
-from isograd.frameworks.torch._rehearsal import spectral_radius
+from isograd.frameworks.torch._rehearsal import recurrence_of, spectral_radius
 from isograd.frameworks.torch._structure import _recurrent_results
 
 torch.set_num_threads(1)
@@ -749,3 +749,19 @@ def test_shapes_of_recurrences_are_those_of_torch(make, batch_first, shape):
         return tuple(map(shapes, result)) if isinstance(result, tuple) else result.shape
 
     assert shapes(module(x)) == shapes(_recurrent_results(module, x))
+
+
+def test_a_projected_recurrence_has_no_eigenvalues_of_its_own():
+    """The gates of an LSTM whose state is projected from 6 units to 3 are [6, 3]: no number stands for them."""
+    torch.manual_seed(0)
+    found = recurrence_of("lstm", nn.LSTM(4, 6, proj_size=3), None)
+    assert (0.0, 0.0) == (found.spectral_radius, found.largest_singular_value)
+
+
+def test_gates_are_judged_one_by_one():
+    """The spectral radius of an LSTM is the largest of its four recurrent matrices."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(4, 6)
+    gates = lstm.weight_hh_l0.detach().split(6)
+    expected = max(float(torch.linalg.eigvals(gate.double()).abs().max()) for gate in gates)
+    assert pytest.approx(expected) == recurrence_of("lstm", lstm, None).spectral_radius

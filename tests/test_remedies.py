@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from isograd._changes import Change
 from isograd._diagnose import Cause, Diagnosis, diagnose
 from isograd._errors import UnknownName
-from isograd._history import History
+from isograd._history import Event, History
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 from isograd._statistics import STATISTICS
@@ -87,6 +88,24 @@ def test_code_fits_a_terminal(remedy):
     for history in (plain_network(), plain_network(depth=20, activation="sigmoid"), History(subject="model")):
         for candidate in (*remedy.candidates(history), remedy()):
             assert [] == [line for line in candidate.code(history).splitlines() if len(line) > 78]
+
+
+def test_registering_is_told_with_the_programs_own_names():
+    """The lists and dicts that hold what nobody trains, and the program's optimizer with its rate."""
+    names = ["Net.blocks[0].weight", "Net.blocks[1].bias", "Net.heads['a'].weight", "Net.scales[0]", "Net.last.weight"]
+    event = Event(step=0, kind="loss-graph", data={"operations": [], "unoptimized": names})
+    network = plain_network()
+    seen = replace(network, subject="net", events=(event,), groups=({"optimizer": "Adam", "lr": 1e-3},), series={})
+
+    assert REMEDIES["register-parameters"]().code(seen).splitlines() == [
+        "self.blocks = torch.nn.ModuleList(self.blocks)  # in __init__",
+        "self.heads = torch.nn.ModuleDict(self.heads)  # in __init__",
+        "self.scales = torch.nn.ParameterList(self.scales)  # in __init__",
+        "# after the model is complete:",
+        "optimizer = torch.optim.Adam(",
+        "    net.parameters(), lr=0.001",
+        ")",
+    ]
 
 
 @every_remedy

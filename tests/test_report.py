@@ -16,10 +16,12 @@ from isograd._diagnose import Cause, Diagnosis
 from isograd._errors import UnknownName
 from isograd._explain import explain
 from isograd._history import Event, History, Layer, Parameter, Series
-from isograd._report import verdict
+from isograd._remedy import Treatment
+from isograd._report import proposals, verdict
 from isograd._rule import Evidence, Finding, Unmeasured
 from isograd._statistics import STATISTICS
 from isograd._terminal import render, show
+from isograd._treat import parse
 from isograd.rules import RULES
 
 ESCAPE = "\x1b"
@@ -171,6 +173,26 @@ def test_what_ended_the_run_is_told():
         "Watching stopped at step 5: TypeError: x",
     ):
         assert told in text
+
+
+def test_what_was_changed_is_told_in_one_block():
+    """A sentence that does not fit goes on under its beginning, not at the edge."""
+    change = {"change": "ReinitializeLayers", "method": "xavier", "layers": ["a-layer-with-a-long-name"]}
+    event = Event(step=0, kind="treatment-applied", data={"change": change, "detail": "13 layers"})
+    text = render(verdict(diagnosis(), [History(events=(event,))]))
+    told = text[text.index("  Applied") :].splitlines()
+
+    assert 2 <= len(told)
+    assert all(line.startswith("  ") and not line.startswith("   ") for line in told)
+
+
+def test_the_code_of_a_proposal_is_not_broken():
+    """The widest line of code there is stands in one piece, on a terminal of 80 columns."""
+    code = "x = " + "1" * 74
+    remedy = parse("reinitialize-layers")
+    treatment = Treatment(remedies=(remedy,), changes=(), cause="c", code=code)
+
+    assert f"  {code}" in render(proposals(diagnosis(Cause(finding=finding("c"))), [treatment])).splitlines()
 
 
 def test_the_loss_is_one_line():

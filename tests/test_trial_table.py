@@ -60,6 +60,14 @@ def test_every_treatment_is_told_at_any_width(width):
         assert piece in text
 
 
+def test_the_table_says_what_its_words_mean():
+    """A lower loss with no effect, and one pair of runs, are explained under every table, and nowhere without one."""
+    legend = "tried once: on one pair of runs, which decides nothing."
+
+    assert legend in " ".join(printed(Fix(diagnosis=SICK, trials=(CURED, ONCE), steps=300), 80).split())
+    assert legend not in printed(Fix(diagnosis=SICK), 80)
+
+
 def test_the_winner_comes_with_its_code():
     """Under the table stands what was recommended, on how many pairs, what that confirms, and what to paste."""
     text = " ".join(printed(Fix(diagnosis=SICK, trials=(CURED, ONCE), steps=300), 120).split())

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("saturated-discriminator",)
-UNREACHABLE = "The generator's loss and how often each network steps stand in the program's own loop."
 
 
 def real_points(count):

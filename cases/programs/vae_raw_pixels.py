@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("invalid-operation",)
-UNREACHABLE = "What is reconstructed are raw pixels, and the bound on the loss is in the unit of scaled ones."
 
 
 class Autoencoder(nn.Module):

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 ACCEPTED = ("learning-rate-too-low", "saturating-activations", "flat-loss", "undertrained")
-UNREACHABLE = "The absolute error of sigmoids, whose gradient does not fall with the error, is the program's own loss."
 
 
 def main():

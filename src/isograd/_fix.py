@@ -27,7 +27,7 @@ from isograd._history import History
 from isograd._remedy import Treatment
 from isograd._rule import Options
 from isograd._treat import combine, every_treatment, treat
-from isograd._trial import Program, Trial, run_trial
+from isograd._trial import Program, Trial, end_trials, run_trial
 from isograd._verify import MATTERS, Arm, Verdict, compare
 
 CANDIDATES = 9
@@ -214,14 +214,14 @@ class Search:
             "trying treatments",
             [self._trial(steps=steps, subject=subject), *self._screening(waves[0], steps, subject)],
         )
-        runs = list(zip(waves[0], arms, strict=True))
+        runs = _with_place(waves[0], arms)
         for wave in waves[1:]:
             if any(all(_promise(one)) for one in _compared(self._yardstick, runs)) or not self._affords(
                 len(wave), steps
             ):
                 break
             arms = self._arms("trying treatments", self._screening(wave, steps, subject))
-            runs += zip(wave, arms, strict=True)
+            runs += _with_place(wave, arms)
         others = [arm for _, arm in runs]
         noise = abs(compare([_cut(first, steps)], [self._yardstick], others=others).effect.value)
         return _ranked(_compared(self._yardstick, runs)), noise
@@ -280,8 +280,8 @@ class Search:
         steps = self._short
         if len(wave) < 2 or not self._affords(len(wave), steps):
             return next(iter(wave), None)
-        arms = self._arms("trying treatments", self._screening(wave, steps, subject))
-        return _ranked(_compared(self._yardstick, list(zip(wave, arms, strict=True))))[0].treatment
+        runs = _with_place(wave, self._arms("trying treatments", self._screening(wave, steps, subject)))
+        return next((tried.treatment for tried in _ranked(_compared(self._yardstick, runs))), None)
 
     def _affords(self, runs: int, steps: int) -> bool:
         """Whether so many runs more, at the pace of the last ones, stay within what the search may take.
@@ -377,7 +377,9 @@ def fix(
     options: Options | None = None,
     report: Report | None = None,
 ) -> Fix:
-    """Search on this machine with `jobs` processes at once; see `Search`."""
+    """Search on this machine with `jobs` processes at once; see `Search`. Ctrl-C ends those under way; before the first
+    of them has ended nothing is known, and KeyboardInterrupt is raised.
+    """
     with ThreadPoolExecutor(max_workers=jobs) as executor:
         search = Search(
             program=program,
@@ -391,7 +393,14 @@ def fix(
             options=options or {},
             **({"report": report} if report is not None else {}),
         )
-        return search.run()
+        try:
+            found = search.run()
+        except KeyboardInterrupt:
+            end_trials()
+            raise
+        if found.interrupted:
+            end_trials()
+        return found
 
 
 def _is_for(treatment: Treatment, cause: str) -> bool:
@@ -410,6 +419,11 @@ def _screening_steps(first: Arm) -> int:
     told = [f for cause in first.diagnosis.at_least("warning")[:1] for f in (cause.finding, *cause.symptoms)]
     shows = max((finding.first_step for finding in told if finding.level != "info"), default=0)
     return min(first.steps, max(first.steps // SHARE, 20, 2 * (shows + 1)))
+
+
+def _with_place(wave: Sequence[Treatment], arms: Sequence[Arm]) -> list[tuple[Treatment, Arm]]:
+    """Treatments with their runs; those left out of which the program, asked when it ran, had no place for."""
+    return [(treatment, arm) for treatment, arm in zip(wave, arms, strict=True) if not arm.refused]
 
 
 def _compared(untreated: Arm, runs: Sequence[tuple[Treatment, Arm]]) -> list[Tried]:

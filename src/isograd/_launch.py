@@ -42,12 +42,14 @@ class LaunchResult:
     """How a script ended.
 
     `run`: the folder of what was recorded, or the `Run` itself where no folder could be written; None when nothing was
-    recorded, and then `note` says why in a sentence, unless other ranks report.
+    recorded, and then `note` says why in a sentence, unless other ranks report. `refused`: the script was ended at its
+    first step because it has no place for one of the changes.
     """
 
     status: int
     run: Path | Run | None
     note: str | None = None
+    refused: bool = False
 
 
 @dataclass(kw_only=True)
@@ -115,7 +117,8 @@ def launch(
         _join_threads()
         recorded, num_steps = session.close(error)
         if session.refusal:
-            return LaunchResult(status=status, run=None, note=f"{session.refusal} The script was ended.")
+            note = f"{session.refusal} The script was ended."
+            return LaunchResult(status=status, run=None, note=note, refused=True)
         if num_steps:
             return LaunchResult(status=status, run=recorded)
         spawned = _spawned_runs(plan)

@@ -51,7 +51,7 @@ def proposals(diagnosis: Diagnosis, treatments: Sequence[Treatment]) -> Renderab
         rows.append(
             Text.assemble(f"{number_}. ", (str(treatment), "bold"), f"   for {treatment.cause}", _consent(treatment))
         )
-        rows.append(Padding(Text(treatment.code), (0, 0, 1, 3)))
+        rows.append(Padding(Text(treatment.code), (0, 0, 1, 2)))  # its 78 columns fit into 80
     return Group(*rows)
 
 
@@ -73,7 +73,7 @@ class Verdict:
         yield from self._facts(plain)
         for history in self.histories if self.diagnosis.preflight is None else ():
             yield from self._loss(history, plain)
-            yield from (said(line, plain=plain) for line in _happenings(history))
+            yield from (Padding(said(line.strip(), plain=plain), (0, 0, 0, 2)) for line in _happenings(history))
         # The picture stands above the words: on a small terminal the causes and the next commands stay in sight.
         yield from self._profiles()
         told = [cause for cause in self.diagnosis.causes if self.verbose or cause.finding.level != "info"]

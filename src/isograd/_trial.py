@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,8 @@ class Trial:
 def run_trial(trial: Trial, options: Options | None = None) -> Arm:
     """Run it, wait for it, and judge what it recorded. A run that a limit cut short says so in `error`.
 
-    Never raises because of what the program does. `options`: of rules, as `diagnose` takes them.
+    Never raises because of what the program does. `options`: of rules, as `diagnose` takes them. `end_trials` ends it
+    early.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="isograd-trial-") as folder:
@@ -72,9 +74,14 @@ def run_trial(trial: Trial, options: Options | None = None) -> Arm:
 
 def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
     runs = [run for run in list_runs(out) if run.steps]
-    if not runs:
-        nothing = Diagnosis(run="", subjects=(), steps=0)
-        return Arm(seed=trial.seed, losses=np.empty(0), diagnosis=nothing, error=error or "it took no optimizer step")
+    if not runs or (out / _REFUSED).exists():
+        return Arm(
+            seed=trial.seed,
+            losses=np.empty(0),
+            diagnosis=Diagnosis(run="", subjects=(), steps=0),
+            error=error or "it took no optimizer step",
+            refused=(out / _REFUSED).exists(),
+        )
     run = read_run(runs[-1].path)
     diagnosis = diagnose_run(run, options)
     history = next((h for h in run.histories if h.subject == trial.subject), run.histories[0])
@@ -85,23 +92,40 @@ def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
 
 # ---- the process ------------------------------------------------------------------------------------------------
 
+_REFUSED = "refused"
+"""A file in the folder of a trial whose program has no place for the treatment."""
+
+_under_way: set[threading.Event] = set()
+"""One for each trial that this process waits for; set, it ends that trial."""
+
+
+def end_trials() -> None:
+    """End the trials that this process waits for now, with their children, as at a limit."""
+    for interrupted in tuple(_under_way):
+        interrupted.set()
+
 
 def _run_in_process(trial: Trial, out: Path) -> str:
     """What ended it before its time, in words; "" for a program that ended well."""
-    process = _context().Process(target=_child, args=(trial, out), daemon=False)
-    process.start()
-    limit, why = time.monotonic() + trial.seconds, ""
+    interrupted = threading.Event()
+    _under_way.add(interrupted)
+    process, why = _context().Process(target=_child, args=(trial, out), daemon=False), ""
     try:
+        process.start()
+        limit = time.monotonic() + trial.seconds
         while process.is_alive() and not why:
             process.join(0.05)
-            if time.monotonic() > limit:
+            if interrupted.is_set():
+                why = "it was interrupted"
+            elif time.monotonic() > limit:
                 why = f"it was ended at the time limit of {trial.seconds:.0f} s"
             elif trial.memory is not None and resident_memory(process.pid) > trial.memory:
                 why = f"it was ended at the memory limit of {trial.memory / 2**20:.0f} MiB"
     finally:
+        _under_way.discard(interrupted)
         if process.is_alive():
             _kill(process)
-        process.join()
+    process.join()
     if why or process.exitcode == 0:
         return why
     return _last_words(out) or f"it ended with status {process.exitcode}"
@@ -148,6 +172,8 @@ def _child(trial: Trial, out: Path) -> None:
     )
     if result.note:
         print(result.note, file=sys.stderr)
+    if result.refused:
+        (out / _REFUSED).touch()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(result.status)

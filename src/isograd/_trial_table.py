@@ -18,6 +18,11 @@ from isograd._terminal import is_plain, said
 WIDE = 100
 """Columns from which a line has room for everything."""
 
+_LEGEND = (
+    "effect: what it adds of the progress made, with its 95 % interval (to begin lower is none); "
+    "tried once: on one pair of runs, which decides nothing."
+)
+
 _STYLES = {"resolved": "bold green", "improved": "green", "worse": "red", "no-effect": "dim", "inconclusive": ""}
 
 
@@ -31,6 +36,8 @@ class FixTable:
         plain = is_plain(console, options)
         if self.fix.trials:
             yield self._table(plain, narrow=options.max_width < WIDE)
+            yield Text()
+            yield Text(_LEGEND, style="dim")
             yield Text()
         yield said(self._outcome(), plain=plain)
         if self.fix.best is not None:
@@ -70,7 +77,7 @@ class FixTable:
             why = "interrupted before anything was verified" if fix.interrupted else "nothing that was tried helped"
             reason = next((t.verdict.why for t in fix.trials if t.verified and t.verdict.why), "")
             why += f" ({reason})" * bool(reason)
-            return f"Found {causes}; {why}. `isograd treat` proposes what only a human can change."
+            return f"Found {causes}; {why}. After `isograd run`, `isograd treat` proposes what only a human can change."
         best = fix.trials[fix.best]
         steps = f"{best.steps}" if best.steps == fix.steps else f"{fix.steps} to {best.steps}"
         left = "".join(

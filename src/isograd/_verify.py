@@ -1,11 +1,11 @@
 """Did it help? The verdict on a treatment from paired runs of the same program, with and without it.
 
 Each seed gives a pair: the untreated run and the treated one, at equal steps, judged by the program's own loss. A
-pair's *start* is the lower of what its two runs begin with (see `_level`): what a treatment of the
-data or the initialization removes before anything is learned (losses of thousands from unscaled inputs) is no progress,
-and does not dwarf what is. A run's *end* is the mean loss of its last quarter, where the worst twentieth of the steps
-counts as the worst of the others, and at most the start: what is above it is lost progress, however high. The *effect*
-of a pair is
+pair's *start* is the lowest of what its two runs, and those with other treatments beside them, begin with (see
+`_start`): what a treatment of the data or the initialization removes before anything is learned (losses of thousands
+from unscaled inputs) is no progress, and does not dwarf what is. A run's *end* is the mean loss of its last quarter,
+where the worst twentieth of the steps counts as the worst of the others, and at most the start: what is above it is
+lost progress, however high. The *effect* of a pair is
 
     (end untreated - end treated) / (start - lowest end of any run in the comparison)
 
@@ -45,14 +45,16 @@ _T975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.26
 class Arm:
     """One run of the program. `losses`: the program's own loss of each step, NaN where it was not finite.
 
-    `error`: what ended it, if not its own end. `seconds`: wall time; `step_seconds`: median time of a step.
-    `diagnosis`: what isograd found in it.
+    `error`: what ended it, if not its own end. `refused`: it was ended at its first step because the program has no
+    place for the treatment. `seconds`: wall time; `step_seconds`: median time of a step. `diagnosis`: what isograd
+    found in it.
     """
 
     seed: int
     losses: NDArray[np.float64]
     diagnosis: Diagnosis
     error: str = ""
+    refused: bool = False
     seconds: float = math.nan
     step_seconds: float = math.nan
 
@@ -199,8 +201,13 @@ def compare(
 def _effect(pairs: Sequence[tuple[Arm, Arm]], steps: Sequence[int], others: Sequence[Arm]) -> Effect:
     beside = [[arm for arm in others if arm.seed == a.seed] for a, _ in pairs]
     starts = [_start((a, b), more) for (a, b), more in zip(pairs, beside, strict=True)]
-    ends = [(_end(a, n, start), _end(b, n, start)) for (a, b), n, start in zip(pairs, steps, starts, strict=True)]
-    elsewhere = [_end(arm, n, start) for more, n, start in zip(beside, steps, starts, strict=True) for arm in more]
+    ends = [
+        (_counted_end(a, n, start), _counted_end(b, n, start))
+        for (a, b), n, start in zip(pairs, steps, starts, strict=True)
+    ]
+    elsewhere = [
+        _counted_end(arm, n, start) for more, n, start in zip(beside, steps, starts, strict=True) for arm in more
+    ]
     lowest = min([*map(min, ends), *elsewhere])
     scale = max(start - lowest for start in starts)
     spread = max(abs(a - b) for a, b in ends)
@@ -253,18 +260,26 @@ def _level(arm: Arm) -> float:
     return float(max(medians, default=math.nan))
 
 
-def _end(arm: Arm, steps: int, start: float = math.nan) -> float:
-    """Mean of the last quarter of the losses up to `steps`; NaN for a run that broke.
+def _end(arm: Arm, steps: int) -> float:
+    """Mean of the last quarter of the losses up to `steps`; NaN for a run that broke."""
+    last = _last_quarter(arm, steps)
+    return math.nan if last is None else float(np.mean(last))
 
-    With a `start`, as the effect counts it: at most that, also for a run that broke, and the worst twentieth cut.
-    """
-    losses = arm.losses[:steps]
-    last = np.sort(losses[-max(1, steps // 4) :])
-    if not len(last) or not np.isfinite(last).all() or (arm.error and arm.steps < steps):
+
+def _counted_end(arm: Arm, steps: int, start: float) -> float:
+    """The end as the effect counts it: the worst twentieth cut, and at most `start`, which is that of a broken run."""
+    last = _last_quarter(arm, steps)
+    if last is None:
         return start
-    if math.isnan(start):
-        return float(np.mean(last))
     return min(start, float(np.mean(np.minimum(last, last[len(last) - 1 - len(last) // 20]))))
+
+
+def _last_quarter(arm: Arm, steps: int) -> NDArray[np.float64] | None:
+    """The last quarter of the losses up to `steps`, in ascending order; None for a run that broke."""
+    last = np.sort(arm.losses[:steps][-max(1, steps // 4) :])
+    if not len(last) or not np.isfinite(last).all() or (arm.error and arm.steps < steps):
+        return None
+    return last
 
 
 def _alarms(diagnosis: Diagnosis) -> set[str]:

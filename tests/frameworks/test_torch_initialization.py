@@ -79,11 +79,11 @@ def test_weights_have_the_methods_variance_and_biases_are_zero(method, variance)
 
 @pytest.mark.parametrize(
     "activation, gain",
-    [(nn.ReLU, 2.0), (nn.GELU, 2.0), (nn.Tanh, 1.0), (nn.Sigmoid, 1.0)],
+    [(nn.ReLU, 2.0), (nn.GELU, 2.0), (nn.Tanh, 1.0), (nn.Sigmoid, 1.0), (nn.SELU, 1.0)],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_the_gain_is_that_of_the_activation_behind_the_layer(activation, gain):
-    """sqrt(2) in front of rectifiers, 1 in front of the others and of the output."""
+    """sqrt(2) in front of rectifiers, 1 in front of the others (SELU keeps a variance of 1 so) and of the output."""
     model = nn.Sequential(nn.Linear(300, 300), activation(), nn.Linear(300, 300))
     reinitialized(model, "kaiming")
     assert pytest.approx(gain / 300, rel=0.03) == float(model[0].weight.detach().var())
@@ -155,6 +155,23 @@ def test_every_layer_has_unit_variance_after_the_first_batch():
     assert all("forward" not in vars(layer) for layer in model)
 
 
+def test_a_forward_pass_of_a_layers_own_is_scaled_as_well_and_stays():
+    """What a program has put in the place of one layer's `forward` is called while LSUV waits, and afterwards."""
+    model = plain(2, 50, nn.GELU)
+    calls = []
+
+    def own(x):
+        calls.append(1)
+        return 3 * F.linear(x, model[2].weight, model[2].bias)
+
+    model[2].forward = own
+    initialize(model, "lsuv")
+    model(torch.randn(64, 50))
+    assert calls
+    assert model[2].forward is own
+    assert 0.9 < float(model[:3](torch.randn(256, 50)).detach().std()) < 1.1
+
+
 class Block(nn.Module):
     def __init__(self, width, layers):
         super().__init__()
@@ -180,6 +197,18 @@ def test_fixup_starts_residual_branches_at_zero_and_scales_the_rest(layers):
         expected = math.sqrt(2 / 100) * 4 ** (-1 / (2 * layers - 2))
         assert pytest.approx(expected, rel=0.05) == float(block.layers[0].weight.detach().std())
     assert not model(torch.randn(2, 8)).any()
+
+
+def test_fixup_draws_only_the_layers_that_are_named():
+    """Branches of other layers, and the classifier, keep their bits."""
+    model = nn.Sequential(*[Block(10, 2) for _ in range(3)], nn.Linear(10, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    change = changes.ReinitializeLayers(method="fixup", layers=("1.layers.0", "1.layers.1"))
+    with treated(change) as (_, refusals):
+        torch.optim.SGD(model.parameters(), lr=0.0)
+    drawn = [name for (name, p), b in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, b)]
+    assert ["1.layers.0.weight", "1.layers.0.bias", "1.layers.1.weight", "1.layers.1.bias"] == drawn
+    assert refusals == []
 
 
 # ---- recurrent layers -------------------------------------------------------------------------------------------
@@ -243,6 +272,14 @@ def test_every_gates_recurrent_matrix_is_orthogonal(cls, gates):
     assert (cls is nn.RNN) == (not any(bias.any() for bias in biases))  # gates keep the biases that they were given
 
 
+def test_gates_of_a_projected_state_are_drawn_gate_by_gate():
+    """With a projection from 6 units to 3 each gate is [6, 3], with orthonormal columns."""
+    model = nn.LSTM(4, 6, proj_size=3)
+    reinitialized(model, "orthogonal")
+    for matrix in model.weight_hh_l0.detach().split(6):
+        torch.testing.assert_close(torch.eye(3), matrix.T @ matrix, atol=1e-5, rtol=0)
+
+
 class Adapter(nn.Module):
     """A low-rank product of the program's own, a constant scale and a random table."""
 
@@ -299,6 +336,15 @@ def test_the_programs_random_numbers_are_those_of_the_untreated_run(method):
             model(torch.ones(4, 6))
             numbers.append(torch.randn(5))
     assert torch.equal(*numbers)
+
+
+def test_generators_of_devices_that_sleep_are_not_seeded(monkeypatch):
+    """Seeding them would be kept until the program wakes them: its dropout there would not be the untreated run's."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model = nn.Linear(4, 4)
+    reinitialized(model, "kaiming")
+    assert seeded == []
 
 
 def test_the_same_seed_draws_the_same_weights_and_another_seed_others():

@@ -157,17 +157,19 @@ def test_a_change_acts_until_it_is_undone_and_then_training_goes_on_in_the_same_
     plain, untreated, program = Program(**kind), Program(**kind), Program(**kind)
     plain.steps(0, 1, 2, 3, 4, 5)
     untreated.steps(0, 1, 2, *untreated.under)
-    consists = shape_of(program)
-    with isograd.watch(program.model, program.optimizer, out=tmp_path) as run:
+    unwatched = shape_of(program)
+    # Every step is deep, whatever reading it costs: the watch's own hooks stay where they are.
+    with isograd.watch(program.model, program.optimizer, out=tmp_path, every=1, budget=math.inf) as run:
         program.steps(0, 1, 2)
-        start = program.state()
+        start, consists = program.state(), shape_of(program)
         undo = run.apply(change)
         program.steps(*program.under)
         treated = flat(program.model.state_dict())
         left = undo()
+        assert shape_of(program) == consists
         program.set_back(start)
         program.steps(3, 4, 5)
-    assert shape_of(program) == consists  # behind the watch, whose own hooks come and go
+    assert shape_of(program) == unwatched
     assert flat(plain.state()) == flat(program.state())
     assert treated != flat(untreated.model.state_dict())
     assert "watch-detached" not in [event.kind for event in run.histories()[0].events]
@@ -294,6 +296,41 @@ def test_two_treatments_are_taken_back_in_any_order(first_back, tmp_path):
         assert type(program.model[1]) is (nn.GELU if first_back else nn.SiLU)
         undo[1 - first_back]()
         assert shape_of(program) == consists
+
+
+def test_what_has_joined_since_stays_in_the_optimizer(tmp_path):
+    """Undone, registered parameters leave the optimizer; those of a normalization that came later are trained on."""
+    program = Program(optimizer=lambda p, lr: torch.optim.Adam(list(p)[:-2], lr=lr))
+    with isograd.watch(program.model, program.optimizer, out=tmp_path) as run:
+        undo = run.apply(C.RegisterParameters())
+        program.step(0)
+        undo_normalization = run.apply(C.InsertNormalization(kind="layer"))
+        (group,) = program.optimizer.param_groups
+        first, registered, inserted = group["params"][:4], group["params"][4:6], group["params"][6:]
+        undo()
+        assert list(map(id, first + inserted)) == list(map(id, group["params"]))
+        undo_normalization()
+        assert list(map(id, first)) == list(map(id, group["params"]))
+    assert list(map(id, registered)) == list(map(id, [*program.model.parameters()][4:]))
+    assert inserted
+
+
+def test_what_a_replaced_layer_left_in_the_optimizer_is_given_back(tmp_path):
+    """A layer that was replaced leaves the optimizer while its successor is trained; undone, it stands where it stood,
+    with its state.
+    """
+    program = Program()
+    with isograd.watch(program.model, program.optimizer, out=tmp_path) as run:
+        program.step(0)
+        held = list(program.optimizer.param_groups[0]["params"])
+        undo = run.apply(C.RegisterParameters())
+        program.model[0] = nn.Linear(5, 8)
+        program.step(1)
+        now = list(map(id, program.optimizer.param_groups[0]["params"]))
+        assert [*map(id, held[2:]), *map(id, program.model[0].parameters())] == now
+        undo()
+        assert list(map(id, held)) == list(map(id, program.optimizer.param_groups[0]["params"]))
+        assert all(program.optimizer.state[p]["step"] for p in held)
 
 
 def test_a_function_in_an_attribute_stays_replaced_until_the_last_treatment_is_taken_back(tmp_path):

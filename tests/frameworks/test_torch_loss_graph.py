@@ -1,5 +1,6 @@
 """What the observer reads from the graph of a loss: its head, its clamps, and parameters that nobody optimizes."""
 
+import gc
 import math
 
 import pytest
@@ -136,6 +137,26 @@ def test_what_another_optimizer_holds_is_optimized(tmp_path):
 
     assert () == found[-1].unoptimized
     assert other.param_groups
+
+
+def test_the_process_is_searched_once_for_what_nobody_holds(tmp_path, monkeypatch):
+    """To find names for parameters that no optimizer holds, what is alive is listed at the first step and never again:
+    not at the same ones later, and not when an optimizer has taken them. In a large process that is a second each time.
+    """
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    searches, listed = [], gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: (searches.append(1), listed())[1])
+    with isograd.watch(model, optimizer, out=tmp_path, every=1, budget=math.inf):
+        loop = steps(model, lambda z: z.square().mean(), optimizer, count=1)
+        loop()
+        first = len(searches)
+        loop()
+        optimizer.add_param_group({"params": [*model[1].parameters()]})
+        loop()
+
+    assert 2 == first  # for optimizers, and for modules
+    assert first == len(searches)
 
 
 def test_what_another_optimizer_left_behind_is_not_carried(tmp_path):

@@ -39,8 +39,7 @@ class DetachHiddenState(Remedy):
         return ()
 
     def code(self, history: History) -> str:
-        del history
         return (
             "hidden = hidden.detach()  # an LSTM: tuple(h.detach() for h in hidden)\n"
-            "output, hidden = model(inputs, hidden)"
+            f"output, hidden = {history.subject}(inputs, hidden)"
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._loss_graph import loss_graphs
+from isograd._program import first_learning_rate, is_seen, optimizer_name
 from isograd._remedy import Remedy
 
 
@@ -41,8 +45,26 @@ class RegisterParameters(Remedy):
         return (_changes.RegisterParameters(),)
 
     def code(self, history: History) -> str:
-        return (
-            "self.layers = torch.nn.ModuleList(self.layers)  # in __init__\n"
-            "# after the model is complete:\n"
-            f"optimizer = torch.optim.SGD({history.subject}.parameters(), lr=lr)"
+        found = dict(_containers(history)) if is_seen(history) else {"layers": "ModuleList"}
+        rate = first_learning_rate(history)
+        return "\n".join(
+            [
+                *(f"self.{name} = torch.nn.{kind}(self.{name})  # in __init__" for name, kind in found.items()),
+                "# after the model is complete:",
+                f"optimizer = torch.optim.{optimizer_name(history) or 'SGD'}(",
+                f"    {history.subject}.parameters(), lr={'lr' if rate is None else f'{rate:g}'}",
+                ")",
+            ]
         )
+
+
+def _containers(history: History) -> Iterator[tuple[str, str]]:
+    """(attribute, what torch has for it) of the lists and dicts in which parameters were found: `Net.blocks[1].bias` is
+    of the list `blocks` of modules, `Net.scales['a']` of the dict `scales` of parameters.
+    """
+    for graph in loss_graphs(history):
+        for name in graph.unregistered:
+            place = re.match(r"[^.]+\.(\w+)\[(.)[^\]]*\](\.?)", name)
+            if place is not None:
+                attribute, quote, dot = place.groups()
+                yield attribute, ("Module" if dot else "Parameter") + ("Dict" if quote in "'\"" else "List")

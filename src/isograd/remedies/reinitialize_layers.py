@@ -112,7 +112,10 @@ class ReinitializeLayers(Remedy):
     def code(self, history: History) -> str:
         body = _CODE.get(self.method)
         if body is None:
-            return f"# once, before training:\nisograd.frameworks.torch.initialize({history.subject}, {self.method!r})"
+            return (
+                "import isograd.frameworks.torch\n\n# once, before training:\n"
+                f"isograd.frameworks.torch.initialize({history.subject}, {self.method!r})"
+            )
         return f"for layer in {history.subject}.modules():\n    if isinstance(layer, {body[0]}):\n" + "\n".join(
             f"        {line}" for line in body[1:]
         )

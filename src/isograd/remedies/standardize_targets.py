@@ -47,6 +47,6 @@ class StandardizeTargets(Remedy):
         return (
             "# of the training set, and kept with the model:\n"
             "mean, std = targets.mean(0), targets.std(0)\n"
-            "loss = loss_fn(model(inputs), (targets - mean) / std)\n"
-            "prediction = model(inputs) * std + mean  # when the model is applied"
+            f"loss = loss_fn({history.subject}(inputs), (targets - mean) / std)\n"
+            f"prediction = {history.subject}(inputs) * std + mean  # when the model is applied"
         )

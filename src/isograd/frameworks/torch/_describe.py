@@ -145,13 +145,14 @@ def names_of(parameters: list[Tensor]) -> list[str]:
     no part of the module, and its parameters are not among the module's.
     """
     names: dict[int, str] = {}
-    for module, attribute, key, thing in kept_in_containers(all_modules()):
+    modules = all_modules() if parameters else []
+    for module, attribute, key, thing in kept_in_containers(modules):
         place = f"{type(module).__name__}.{attribute}[{key!r}]"
         if isinstance(thing, nn.Module):
             names |= {id(tensor): f"{place}.{path}" for path, tensor in thing.named_parameters()}
         else:
             names[id(thing)] = place
-    for root in roots_holding([p for p in parameters if id(p) not in names]):
+    for root in _roots_among(modules, [p for p in parameters if id(p) not in names]):
         for path, tensor in root.named_parameters():
             names.setdefault(id(tensor), f"{type(root).__name__}.{path}")
     return [names.get(id(p), f"a tensor of shape {list(p.shape)}") for p in parameters]
@@ -189,7 +190,10 @@ _PLAIN_MODULE = nn.Module()
 
 def roots_holding(parameters: Iterable[Tensor]) -> list[nn.Module]:
     """The topmost modules alive that hold any of `parameters`, in the order of the parameters."""
-    modules = all_modules()
+    return _roots_among(all_modules(), parameters)
+
+
+def _roots_among(modules: list[nn.Module], parameters: Iterable[Tensor]) -> list[nn.Module]:
     children = {id(child) for module in modules for child in module.children()}
     tops = [module for module in modules if id(module) not in children]
     owner = {id(parameter): top for top in tops for parameter in top.parameters()}

@@ -25,18 +25,23 @@ from isograd.frameworks.torch import _passage as passages
 from isograd.frameworks.torch._passage import Passage
 from isograd.frameworks.torch._surgery import ModelEffect, Site
 
-_RECTIFIERS = ("relu", "leaky-relu", "elu", "selu", "gelu", "silu")
+_RECTIFIERS = ("relu", "leaky-relu", "elu", "gelu", "silu")  # selu keeps variances with gain 1 (Klambauer et al. 2017)
 _RECURRENT = ("rnn", "lstm", "gru", "rnn-cell", "lstm-cell", "gru-cell")
 _WEIGHTED = ("linear", "conv")
 
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Random numbers from a stream derived from the program's seed; the program's own stands where it stood."""
+    """Random numbers from a stream derived from the program's seed; the program's own stands where it stood.
+
+    Generators are seeded one by one: `torch.manual_seed` would also seed devices that the program has yet to wake.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=list(devices)):
         # Going on in the program's own stream would give the weights the numbers that its data will have.
-        torch.manual_seed((torch.initial_seed() ^ 0x9E3779B97F4A7C15) % 2**63)
+        seed = (torch.initial_seed() ^ 0x9E3779B97F4A7C15) % 2**63
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
+            generator.manual_seed(seed)
         yield
 
 
@@ -61,9 +66,7 @@ class Reinitialization(ModelEffect):
                 back.callback(draw(site.root, site.passage, layers, change.method))
             for matrix in equal:
                 init.xavier_uniform_(matrix)  # the same for both orientations
-        self.detail = f"{change.method}, {len(layers)} layers" + f" and {len(equal)} matrices of one value" * bool(
-            equal
-        )
+        self.detail = f"{len(layers)} layers" + f" and {len(equal)} matrices of one value" * bool(equal)
 
     def unmet(self) -> str | None:
         self._before = []
@@ -115,7 +118,7 @@ def draw(root: nn.Module, passage: Passage, layers: Sequence[nn.Module], method:
     if method in ("forget-bias", "chrono", "identity-recurrence"):
         return _draw_recurrent(recurrent, method)
     if method == "fixup":
-        _draw_fixup(root, passage)
+        _draw_fixup(root, passage, weighted)
         return _nothing
     if not weighted and not recurrent:
         raise CannotApply("There is no layer with weights to draw.")
@@ -236,13 +239,12 @@ class _UnitVariance:
         self._scaled: set[int] = set()
         for layer in layers:
             # Not a hook: others are to read only what the layer returns in the end.
-            layer.__dict__["forward"] = _Forward(self, layer)
+            layer.__dict__["forward"] = _Forward(self, layer, vars(layer).get("forward"))
         passage.afterwards.append(self._finish)
 
-    def call(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass, with its weights scaled in the first one."""
-        forward = type(layer).forward
-        output = forward(layer, *args, **kwargs)
+        output = forward(*args, **kwargs)
         is_over = not self._layers or id(layer.weight) in self._scaled
         if is_over or not layer.training or not torch.is_grad_enabled():
             return output
@@ -253,7 +255,7 @@ class _UnitVariance:
                 break
             with torch.no_grad():
                 layer.weight.div_(spread)
-            output = forward(layer, *args, **kwargs)
+            output = forward(*args, **kwargs)
         return output
 
     def _finish(self) -> None:
@@ -263,33 +265,51 @@ class _UnitVariance:
     def end(self) -> None:
         """Wait no longer."""
         while self._layers:
-            self._layers.pop().__dict__.pop("forward", None)
+            layer = self._layers.pop()
+            waiting = vars(layer).get("forward")
+            if isinstance(waiting, _Forward):
+                waiting.leave(layer)
         self._passage.afterwards[:] = [one for one in self._passage.afterwards if one != self._finish]
 
 
 class _Forward:
-    """What a layer is called with while it waits for its first batch; a copy waits as well, a pickle does not."""
+    """What a layer is called with while it waits for its first batch; a copy waits as well, a pickle does not.
 
-    def __init__(self, scaling: _UnitVariance, layer: nn.Module) -> None:
-        self._scaling, self._layer = scaling, layer
+    `own`: a forward pass that the program has given to this one layer, in the place of its class's.
+    """
+
+    def __init__(self, scaling: _UnitVariance, layer: nn.Module, own: Callable[..., Any] | None) -> None:
+        self._scaling, self._layer, self._own = scaling, layer, own
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self._own or partial(type(self._layer).forward, self._layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._scaling.call(self._layer, *args, **kwargs)
+        return self._scaling.call(self._layer, self._forward, *args, **kwargs)
+
+    def leave(self, layer: nn.Module) -> None:
+        """Let the layer have what it had."""
+        if self._own is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = self._own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        return _Forward(self._scaling, copy.deepcopy(self._layer, memo))
+        return _Forward(self._scaling, copy.deepcopy(self._layer, memo), copy.deepcopy(self._own, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (type(self._layer).forward, self._layer)
+        return partial, (self._forward,)
 
 
-def _draw_fixup(root: nn.Module, passage: Passage) -> None:
+def _draw_fixup(root: nn.Module, passage: Passage, chosen: Sequence[nn.Module]) -> None:
     """Fixup (Zhang et al. 2019, arXiv:1901.09321) without its scalar parameters: in each of L residual branches of m
     layers the last starts at zero and the others at He's scale times L^(-1 / (2 m - 2)); the classifier at zero.
 
     A branch is a module of the program's own with two weighted layers or more, of a class that occurs more than once.
+    Only branches of `chosen` layers are drawn.
     """
-    blocks = residual_blocks(root)
+    blocks = [layers for layers in residual_blocks(root) if all(layer in chosen for layer in layers)]
     if not blocks:
         raise CannotApply("No repeated residual blocks were found: Fixup is for residual networks.")
     for layers in blocks:
@@ -297,8 +317,8 @@ def _draw_fixup(root: nn.Module, passage: Passage) -> None:
             _kaiming(layer, "relu")
             layer.weight.mul_(len(blocks) ** (-1 / (2 * len(layers) - 2)))
         init.zeros_(layers[-1].weight)
-    if passage.output_layer is not None and _has_weight(passage.output_layer):
-        init.zeros_(passage.output_layer.weight)  # type: ignore[arg-type]
+    if passage.output_layer in chosen:
+        init.zeros_(passage.output_layer.weight)  # type: ignore[union-attr, arg-type]
         _zero_bias(passage.output_layer)
 
 
@@ -321,11 +341,9 @@ def residual_blocks(root: nn.Module) -> list[list[Any]]:
 
 
 def _recurrent_weights(layer: nn.Module) -> list[Tensor]:
-    """The square recurrent matrix of each gate."""
+    """The recurrent matrix of each gate; [hidden, projected] where a projection of the state comes back."""
     matrices = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("weight_hh")]
-    return [
-        gate for matrix in matrices for gate in torch.split(matrix, matrix.shape[1]) if gate.shape[0] == gate.shape[1]
-    ]
+    return [gate for matrix in matrices for gate in torch.split(matrix, layer.hidden_size)]  # type: ignore[arg-type]
 
 
 def _draw_recurrent(layers: Sequence[nn.Module], method: str) -> Callable[[], None]:

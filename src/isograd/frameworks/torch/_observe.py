@@ -424,6 +424,8 @@ class Observer:
         """Names of the parameters among the leaves of the loss that no optimizer alive holds."""
         held = {id(p) for optimizer in self._seen_optimizers for p in _all_parameters(optimizer)}
         loose = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and id(leaf) not in held]
+        if not loose:
+            return []
         known = frozenset(map(id, loose))
         if known != self._unheld[0]:  # looking through the process is worth it once
             held |= {id(p) for optimizer in describe.all_optimizers() for p in _all_parameters(optimizer)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,6 +17,17 @@ from isograd.frameworks.torch._effects import OWN, StepEffect, parameters_of
 from isograd.frameworks.torch._surgery import join_optimizer, leave_optimizer, refuse_wrapped
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Lost:
+    """A parameter that left the optimizer: its place, its name there (None where they have none) and its state."""
+
+    group: int
+    index: int
+    name: str | None
+    parameter: Tensor
+    state: Any
+
+
 @dataclass
 class _Done:
     """What was done for an optimizer. `at_first`: which of its parameters its models held when it was made."""
@@ -25,7 +36,7 @@ class _Done:
     at_first: frozenset[int]
     registered: list[tuple[ref[nn.Module], str]] = field(default_factory=list)
     joined: list[Tensor] = field(default_factory=list)
-    lists_before: list[tuple[str, list[Any]]] = field(default_factory=list)
+    lost: list[_Lost] = field(default_factory=list)
     is_complete: bool = False
 
 
@@ -63,22 +74,20 @@ class Registration(StepEffect):
             if all(one.is_complete and not one.joined for one in self._done.values()):
                 raise CannotApply("Every trainable parameter of the model is held by an optimizer already.")
             return
-        done.lists_before = [(key, list(g[key])) for g in optimizer.param_groups for key in _LISTS if key in g]
         for name, parameter in fresh:
             join_optimizer(optimizer, optimizer.param_groups[0], name, parameter)
             parameter.grad = None  # summed up since the start, or scaled: nobody cleared it
             done.joined.append(parameter)
-        lost = [p for p in parameters_of(optimizer) if id(p) in done.at_first and id(p) not in present]
-        leave_optimizer(optimizer, lost)
+        done.lost = [one for one in _places(optimizer, done.at_first) if id(one.parameter) not in present]
+        leave_optimizer(optimizer, [one.parameter for one in done.lost])
 
     def undo(self, optimizer: Optimizer) -> str | None:
         done = self._done.pop(optimizer, None)
         if done is None:
             return None
         leave_optimizer(optimizer, done.joined)
-        lists = [(group, key) for group in optimizer.param_groups for key in _LISTS if key in group]
-        for (group, key), (_, before) in zip(lists, done.lists_before, strict=False):
-            group[key][:] = before
+        for one in done.lost:
+            _give_back(optimizer, one)
         for module, name in done.registered:
             owner = module()
             if owner is not None and hasattr(owner, name):
@@ -86,7 +95,24 @@ class Registration(StepEffect):
         return "Layers that were left out have been trained." if done.joined else None
 
 
-_LISTS = ("params", "param_names")
+def _places(optimizer: Optimizer, wanted: frozenset[int]) -> Iterator[_Lost]:
+    """The parameters with these ids, where they stand."""
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
+            if id(parameter) in wanted:
+                state = optimizer.state.get(parameter)
+                yield _Lost(group=number, index=index, name=name, parameter=parameter, state=state)
+
+
+def _give_back(optimizer: Optimizer, one: _Lost) -> None:
+    """Put a parameter where it stood. What has joined since stays behind it."""
+    group = optimizer.param_groups[one.group]
+    group["params"].insert(one.index, one.parameter)
+    if "param_names" in group:
+        group["param_names"].insert(one.index, one.name)
+    if one.state is not None:
+        optimizer.state[one.parameter] = one.state
 
 
 def _registered(root: nn.Module) -> list[tuple[ref[nn.Module], str]]:

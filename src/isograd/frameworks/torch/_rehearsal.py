@@ -322,8 +322,8 @@ def _spectrum(module: nn.Module) -> tuple[float, float]:
     radii, values = [0.0], [0.0]
     for name, weight in module.named_parameters():
         if name.startswith("weight_hh") and weight.dim() == 2 and bool(torch.isfinite(weight).all()):
-            gates = [g for g in torch.split(weight.detach().float().cpu(), weight.shape[1]) if g.shape[0] == g.shape[1]]
-            if gates:
+            gates = torch.split(weight.detach().float().cpu(), module.hidden_size)  # type: ignore[arg-type]
+            if weight.shape[1] == module.hidden_size:  # where a projection comes back, they have no eigenvalues
                 matrices = torch.stack(gates)
                 radii.append(spectral_radius(matrices))
                 values.append(math.sqrt(spectral_radius(matrices.mT @ matrices)))
