@@ -81,6 +81,30 @@ def test_a_program_that_raises_says_so(program):
     assert 30 <= arm.steps <= 31
 
 
+LOADING = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x = torch.randn(32, 4)
+model = nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for inputs, targets in DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 8, num_workers=1):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(inputs), targets).backward()
+    optimizer.step()
+"""
+
+
+def test_a_program_that_loads_with_processes_of_its_own_runs_as_ever(tmp_path):
+    """Without a `__main__` guard, which scripts need where processes are spawned anew."""
+    (tmp_path / "train.py").write_text(LOADING)
+    arm = run_trial(Trial(program=Program(args=(str(tmp_path / "train.py"),))))
+    assert not arm.error
+    assert arm.steps == 4
+
+
 def test_a_program_that_hangs_is_ended_with_its_children(program):
     """At the time limit the program and what it started are killed; what it recorded is kept."""
     hang = (

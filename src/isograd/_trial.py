@@ -161,6 +161,7 @@ def _child(trial: Trial, out: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - for as long as the process lives
+    multiprocessing.set_start_method(None, force=True)  # the program's own processes start as they always do
     set_threads(trial.threads)
     result = launch(
         list(trial.program.args),
