@@ -180,6 +180,6 @@ def test_skipped_steps_and_refusals_are_told():
     refused = Event(step=0, kind="treatment-refused", data={"why": "There is no ReLU."})
     assert told_of(refused, *skips) == [
         "Not applied (step 0): There is no ReLU.",
-        "Skipped: 2 steps, the first 4, for gradients with NaN or Inf.",
+        "Skipped: 2 steps, the first 4: gradients hold NaN or Inf.",
     ]
-    assert told_of(skips[0]) == ["Skipped: step 4, for gradients with NaN or Inf."]
+    assert told_of(skips[0]) == ["Skipped: step 4: gradients hold NaN or Inf."]

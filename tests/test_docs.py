@@ -87,6 +87,26 @@ def test_what_the_readme_says_of_a_deep_network_is_what_preflight_says(readme, t
         assert list(map(float, found.groups())) == pytest.approx(list(map(float, re.findall(number, line))), rel=0.05)
 
 
+def test_what_the_readme_says_of_a_bad_step_is_what_replay_says(readme, tmp_path):
+    """README's program keeps its loss finite under a guard, and its bad step is told as README tells it."""
+    code = re.search(r"^```python\n(# train\.py\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^\$ isograd replay \S+/(step-\d+) train\.py\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert code
+    assert shown
+    (tmp_path / "train.py").write_text(code[1])
+
+    def isograd_(*arguments):
+        command = [sys.executable, "-m", "isograd", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    guarded = isograd_("run", "--guard", "skip,clip,rewind", "train.py")
+    assert float(guarded.stdout) < 0.5
+    (capsule,) = tmp_path.glob(f"isograd-runs/*/capsules/{shown[1]}")
+    replayed = isograd_("replay", str(capsule), "train.py")
+    assert replayed.returncode == 0
+    assert shown[2].split() == replayed.stdout.split()
+
+
 def test_names_in_the_readme_exist(readme):
     """Every public name that README's snippets use exists."""
     used = set(re.findall(r"\bisograd\.([a-z_A-Z]+)\(", readme))
@@ -115,7 +135,7 @@ def test_every_option_of_run_is_a_setting():
     options = {p.name for p in cli.commands["run"].params if isinstance(p, click.Option)}
     settings = {field.name for field in fields(Settings)}
 
-    assert {"fail_on", "module", "treatments"} == options - settings
+    assert {"fail_on", "guard", "module", "treatments"} == options - settings
     assert {"rules", "enabled"} == settings - options
 
 
@@ -133,7 +153,7 @@ def test_arguments_of_watch_are_settings():
     """The options of `watch` are settings, so that what is said of one holds for the other."""
     names = {name for name, p in inspect.signature(isograd.watch).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
-    assert names <= {field.name for field in fields(Settings)}
+    assert names - {"guard"} <= {field.name for field in fields(Settings)}
 
 
 def test_every_setting_is_documented():

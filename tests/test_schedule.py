@@ -183,3 +183,17 @@ def test_options_out_of_range_are_refused(options):
     """A distance below one step or a negative budget is a ValueError that names the number."""
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         Schedule(**options)
+
+
+def test_a_restart_knows_what_is_usual():
+    """A jump right after a restart is unusual to a schedule that goes on, and not to one that begins."""
+    one, anew = Schedule(every=1000), Schedule(every=1000)
+    for step in range(100):
+        one.observe(step, deep=False, seconds=0.1, watch_seconds=0.0, readings={"loss": 1.0 + 0.01 * (step % 3)})
+    going_on = Schedule(every=1000)
+    going_on.load_state_dict(one.state_dict())
+    for schedule in (going_on, anew):
+        schedule.is_deep(0)
+        schedule.observe(30, deep=False, seconds=0.1, watch_seconds=0.0, readings={"loss": 1e6})
+    assert going_on._wanted
+    assert not anew._wanted

@@ -11,14 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isograd._capsule import Capsule as Capsule
+    from isograd._capsule import open_capsule as open_capsule
     from isograd._changes import CannotApply as CannotApply
     from isograd._diagnose import Diagnosis as Diagnosis
+    from isograd._errors import BadStep as BadStep
+    from isograd._errors import CannotReplay as CannotReplay
+    from isograd._errors import CapsuleUnreadable as CapsuleUnreadable
     from isograd._errors import IsogradError as IsogradError
     from isograd._errors import RunNotFound as RunNotFound
     from isograd._errors import RunUnreadable as RunUnreadable
     from isograd._errors import ScriptError as ScriptError
     from isograd._errors import UnhealthyRun as UnhealthyRun
     from isograd._errors import UnknownName as UnknownName
+    from isograd._guard import Guard as Guard
     from isograd._history import History as History
     from isograd._paired import verify as verify
     from isograd._preflight import preflight as preflight
@@ -39,11 +45,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadStep",
     "CannotApply",
+    "CannotReplay",
+    "Capsule",
+    "CapsuleUnreadable",
     "Diagnosis",
     "Effect",
     "Evidence",
     "Finding",
+    "Guard",
     "History",
     "IsogradError",
     "Remedy",
@@ -59,6 +70,7 @@ __all__ = [
     "Watch",
     "__version__",
     "diagnose",
+    "open_capsule",
     "open_run",
     "preflight",
     "treat",
@@ -67,11 +79,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "BadStep": "_errors",
     "CannotApply": "_changes",
+    "CannotReplay": "_errors",
+    "Capsule": "_capsule",
+    "CapsuleUnreadable": "_errors",
     "Diagnosis": "_diagnose",
     "Effect": "_verify",
     "Evidence": "_rule",
     "Finding": "_rule",
+    "Guard": "_guard",
     "History": "_history",
     "IsogradError": "_errors",
     "Remedy": "_remedy",
@@ -86,6 +103,7 @@ _HOME = {
     "Verdict": "_verify",
     "Watch": "_watch",
     "diagnose": "_recorded",
+    "open_capsule": "_capsule",
     "open_run": "_recorded",
     "preflight": "_preflight",
     "treat": "_treat",

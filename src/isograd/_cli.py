@@ -1,7 +1,8 @@
 """The command line: arguments -> public functions -> exit status. What is said is in `_report.py`.
 
 Statuses: `run` ends with the script's own, or 3 when `--fail-on` asks for it; `diagnose` and `preflight` with 0
-healthy, 1 causes, 2 cannot; the others with 0 or 2. A user's mistake is one sentence on stderr and status 2.
+healthy, 1 causes, 2 cannot; `replay` with 0 reproduced, 1 not, 2 cannot; the others with 0 or 2. A user's mistake is
+one sentence on stderr and status 2.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from isograd import __version__
 from isograd._errors import IsogradError
 
 if TYPE_CHECKING:
+    from isograd._capsule import Capsule
     from isograd._changes import Change
     from isograd._diagnose import Diagnosis
+    from isograd._guard import Guard
     from isograd._history import History
     from isograd._remedy import Remedy
+    from isograd._replay import Replay
     from isograd._runs import Run
     from isograd._settings import Settings
 
@@ -85,11 +89,23 @@ _OWN_ARGUMENTS = {"allow_interspersed_args": False}
     metavar="REMEDY[:k=v,…]",
     help="Train with this remedy applied, as `isograd treat` names it; may be given several times.",
 )
+@click.option(
+    "--guard",
+    metavar="ACTION,…",
+    help="At bad steps: skip, clip, rewind, stop, lower-learning-rate[=F]; several are tried mildest first.",
+)
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @click.argument("script")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def run(
-    *, script: str, args: tuple[str, ...], module: bool, fail_on: str | None, treatments: tuple[str, ...], **asked: Any
+    *,
+    script: str,
+    args: tuple[str, ...],
+    module: bool,
+    fail_on: str | None,
+    treatments: tuple[str, ...],
+    guard: str | None,
+    **asked: Any,
 ) -> int:
     """Run SCRIPT unchanged with ARGS, watch it train, and say what is wrong.
 
@@ -112,6 +128,7 @@ def run(
         out=settings.out,
         budget=settings.budget,
         changes=_changes_of(treatments, script if module else Path(script).name, settings) if treatments else (),
+        guard=None if guard is None else _guard_of(guard),
     )
     # What the script made of these is over: a module of its own could have the name of one that is imported next.
     sys.stderr, sys.path[:] = stderr, path
@@ -119,6 +136,15 @@ def run(
         click.echo(f"isograd: {outcome.note}", err=True)
     failed = outcome.run is not None and _tell(outcome.run, settings, fail_on=fail_on)
     return _FAILED_ON if failed else outcome.status
+
+
+def _guard_of(text: str) -> Guard:
+    from isograd._guard import parse_guard
+
+    try:
+        return parse_guard(text)
+    except ValueError as error:
+        raise IsogradError(f"--guard: {error}.") from None
 
 
 def _changes_of(texts: Sequence[str], script: str, settings: Settings) -> tuple[Change, ...]:
@@ -249,6 +275,7 @@ def preflight(*, target: str, shape: str | None, no_sharpness: bool, as_json: bo
 @click.option("--jobs", type=click.IntRange(min=1), metavar="J", help="Runs at once (default: the number of cores).")
 @click.option("--all", "every", is_flag=True, help="Try every remedy of the catalogue that has a place here.")
 @click.option("--limit", type=float, default=600.0, metavar="S", help="End a run after S seconds (600).")
+@click.option("--capsule", metavar="CAPSULE", help="Try them on this one captured step of SCRIPT instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON of schema 1.")
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @click.argument("script")
@@ -261,12 +288,16 @@ def fix(
     as_json: bool,
     jobs: int | None,
     every: bool,
+    capsule: str | None,
     **how: Any,
 ) -> int:
     """Run SCRIPT, say what is wrong, try treatments side by side with it, and print what was measured to help.
 
     The script runs several times in the current folder: what it writes, each run writes.
     """
+    if capsule is not None:
+        asked = {"jobs": jobs, "every": every, "seconds": how["limit"]}
+        return _fix_capsule(capsule, (script, *args), module=module, as_json=as_json, **asked)
     from isograd._fix import fix as search
     from isograd._launch import check_script
     from isograd._terminal import show
@@ -296,6 +327,69 @@ def fix(
     else:
         show(FixTable(fix=found), sys.stdout)
     return 0 if found.best is not None else 1
+
+
+def _fix_capsule(path: str, args: tuple[str, ...], *, module: bool, as_json: bool, **asked: Any) -> int:
+    from isograd._capsule import open_capsule
+    from isograd._capsule_fix import fix_capsule
+    from isograd._launch import check_script
+    from isograd._replay_table import CapsuleFixTable
+    from isograd._terminal import show
+    from isograd._trial import Program
+
+    opened = open_capsule(path)
+    check_script(args[0], module=module)
+    found = fix_capsule(opened, Program(args=args, module=module), options=_settings().rules, **asked)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        show(CapsuleFixTable(fix=found), sys.stdout)
+    return 0 if found.best is not None else 1
+
+
+@cli.command(short_help="Run a captured step again and name what broke in it.", context_settings=_OWN_ARGUMENTS)
+@click.argument("capsule")
+@click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="[--json] [-m] [SCRIPT [ARGS]... | TARGET]")
+def replay(*, capsule: str, program: tuple[str, ...]) -> int:
+    """Run the step in the folder CAPSULE again, say whether it is the same, and name the first operation that broke.
+
+    SCRIPT with its ARGS is run up to where the step begins, in processes of its own and in the current folder: what it
+    writes before that, it writes. With -m it is the name of a module. TARGET is module:callable or file.py:callable;
+    called without arguments, it returns (model, step_fn) or (model, step_fn, optimizer). Only what is named here is
+    run. Without it, what the capsule holds is said.
+    """
+    from isograd._capsule import open_capsule
+    from isograd._replay_table import CapsuleReport, ReplayReport
+    from isograd._terminal import show
+
+    flags, rest = _leading(program, ("--json", "-m"))
+    opened = open_capsule(capsule)
+    if not rest:
+        show(CapsuleReport(capsule=opened), sys.stdout)
+        return _CANNOT
+    found = _replayed(opened, rest, module="-m" in flags)
+    if "--json" in flags:
+        _print_json(found.to_dict())
+    else:
+        show(ReplayReport(replay=found), sys.stdout)
+    return 0 if found.reproduced else 1
+
+
+def _leading(arguments: Sequence[str], known: Sequence[str]) -> tuple[set[str], list[str]]:
+    """(the options that stand first, the rest): what follows a script's name is the script's."""
+    count = next((i for i, argument in enumerate(arguments) if argument not in known), len(arguments))
+    return set(arguments[:count]), list(arguments[count:])
+
+
+def _replayed(opened: Capsule, program: Sequence[str], *, module: bool) -> Replay:
+    from isograd._launch import check_script
+    from isograd._rerun import replay_callable, replay_script
+    from isograd._trial import Program
+
+    if not module and ":" in program[0] and not Path(program[0]).exists():
+        return replay_callable(opened, program[0])
+    check_script(program[0], module=module)
+    return replay_script(opened, Program(args=tuple(program), module=module))
 
 
 @cli.command()

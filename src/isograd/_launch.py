@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isograd._changes import Change
-from isograd._errors import ScriptError
+from isograd._errors import BadStep, ScriptError
 
 if TYPE_CHECKING:
+    from isograd._guard import Guard
     from isograd._runs import Run
     from isograd._watch import Watch
 
@@ -64,6 +65,7 @@ class _Plan:
     out: Path
     budget: float
     changes: tuple[Change, ...] = ()
+    guard: Guard | None = None
     seed_shift: int | None = None
     found: Path | None = None
     """A file in which spawned processes leave the paths of their run folders."""
@@ -80,15 +82,17 @@ def launch(
     out: Path = Path("isograd-runs"),
     budget: float = 0.01,
     changes: Sequence[Change] = (),
+    guard: Guard | None = None,
     seed_shift: int | None = None,
 ) -> LaunchResult:
     """Run `args[0]` (a script, or a module with `module`) with the rest as its arguments, in this process.
 
     `steps`: end it cleanly after so many optimizer steps. The other options are those of `watch`; `seed` seeds Python,
     NumPy and the framework first. `changes` are applied to what it trains; where there is no place for one of them, the
-    script ends before its first step with status 2. `seed_shift` seeds the generators with it and adds it to every
-    seed that the script sets. Returns the script's own exit status, 1 after an uncaught exception (whose traceback is
-    printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no such script or it does not compile.
+    script ends before its first step with status 2. `guard`: what may be done at bad steps. `seed_shift` seeds the
+    generators with it and adds it to every seed that the script sets. Returns the script's own exit status, 1 after an
+    uncaught exception (whose traceback is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no
+    such script or it does not compile.
     """
     program = None
     if module:
@@ -106,6 +110,7 @@ def launch(
         out=out.absolute(),
         budget=budget,
         changes=tuple(changes),
+        guard=guard,
         seed_shift=seed_shift,
     )
     with _notes(plan):
@@ -126,6 +131,24 @@ def launch(
             return LaunchResult(status=status, run=spawned[0])
         note = "No optimizer step was seen, so there is nothing to diagnose: the script did not train."
         return LaunchResult(status=status, run=None, note=note)
+
+
+def run_attached(args: Sequence[str], attach: Callable[[], None], *, module: bool = False) -> int:
+    """Run `args[0]` as `launch` does, unwatched; `attach()` is called once it has imported torch. Its exit status.
+
+    Raises ScriptError if there is no such script or it does not compile.
+    """
+    program = None
+    if module:
+        sys.path[0] = os.getcwd()
+        _check_module(args[0])
+    else:
+        program = _load_script(args[0])
+    if "torch" in sys.modules:
+        attach()
+    else:
+        sys.meta_path.insert(0, _ImportHook("torch", attach))
+    return _run(program, args, module)[0]
 
 
 @contextlib.contextmanager
@@ -204,6 +227,7 @@ class _Session:
             between=self._end_if_over,
             changes=self._plan.changes,
             on_refusal=self._refuse,
+            guard=self._plan.guard,
         )
         wrap_spawned(lambda function: function if isinstance(function, _Spawned) else _Spawned(function, plan))
         if rank() == 0 and not self._plan.rank:
@@ -358,6 +382,9 @@ def _run(program: types.CodeType | None, args: Sequence[str], module: bool) -> t
     except KeyboardInterrupt as error:
         _print_traceback(error)
         return _INTERRUPTED, error
+    except BadStep as error:  # it was asked for: where the script was at that moment tells nothing
+        print(f"isograd: {error}", file=sys.stderr)
+        return 1, error
     except BaseException as error:
         _print_traceback(error)
         return 1, error

@@ -210,10 +210,27 @@ def _interventions(history: History) -> Iterator[str]:
             yield "  " + " ".join(line)
         if event.kind == "treatment-undone":
             told.clear()  # it may be applied once more
-    skipped = [event.step for event in history.events_of("bad-step-skipped")]
-    if skipped:
-        steps = "step" if len(skipped) == 1 else f"{len(skipped)} steps, the first"
-        yield f"  Skipped: {steps} {skipped[0]}, for gradients with NaN or Inf."
+    for kind, done in _AT_BAD_STEPS.items():
+        events = history.events_of(kind)
+        if events:
+            steps = f"step {events[0].step}" if len(events) == 1 else f"{len(events)} steps, the first {events[0].step}"
+            why = events[0].data.get("why", "gradients hold NaN or Inf")
+            yield f"  {done}: {steps}: {why}."
+    for event in history.events_of("rewound"):
+        yield f"  Rewound at step {event.step}, by {event.data.get('steps', 'some')} steps."
+    for event in history.events_of("guard-refused"):
+        yield f"  Not guarded: {event.data.get('why', '')}."
+
+
+_AT_BAD_STEPS = {
+    "bad-step-skipped": "Skipped",
+    "bad-step-clipped": "Clipped",
+    "bad-step": "Bad and taken",
+    "bad-step-stopped": "Stopped",
+    "guard-gave-up": "The guard let pass",
+    "guard-relearned": "The guard learned its ranges anew",
+}
+"""What was done at bad steps, by kind of event."""
 
 
 def _intervention(event: Event) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 ALLOWANCE = 2.0
@@ -75,6 +76,14 @@ class Schedule:
     def overhead(self) -> float:
         """Share of wall time spent watching so far, as a fraction."""
         return self._spent / self._elapsed if self._elapsed > 0 else 0.0
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What is usual so far: (mean, variance, count) of the logarithm of each reading."""
+        return {name: [one.mean, one.variance, float(one.count)] for name, one in self._trackers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from there; which steps are deep begins anew."""
+        self._trackers = {name: Tracker(mean, variance, int(count)) for name, (mean, variance, count) in state.items()}
 
     def _is_due(self, step: int) -> bool:
         if step < EARLY:

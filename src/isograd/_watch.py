@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from isograd._changes import CannotApply, Change
+from isograd._capsule_folder import Limits
+from isograd._changes import CannotApply, Change, SetHyperparameter
 from isograd._diagnose import Diagnosis, diagnose
 from isograd._errors import RunNotFound
+from isograd._guard import Guard
 from isograd._history import Event, History
 from isograd._record import RunFile
 from isograd._remedy import Treatment
@@ -87,10 +89,11 @@ class Watch:
         frame: FrameType | None = None,
         changes: Sequence[Change] = (),
         on_refusal: Callable[[str], None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         from isograd.frameworks.torch import Applier, Observer, describe_run
 
-        self._shield = Shield(self._detached)
+        self._shield, self._guard_shield = Shield(self._detached), Shield(self._unguarded)
         facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
         self.reports = facts["rank"] == 0
         self._file = RunFile.create(out, meta=facts, on_failure=_warn, in_memory=facts["rank"] > 0)
@@ -116,6 +119,45 @@ class Watch:
             applier.listen()
         self._shield.call(self._observer.attach, models, optimizers, frame)
         applier.listen_last()
+        self._flight: Any = None
+        self._guarding = None if guard is None else self._begin_guarding(guard)
+
+    def _begin_guarding(self, guard: Guard) -> Any:
+        from isograd.frameworks.torch import FlightRecorder, Guarding
+
+        models, optimizers = self._things
+        if guard.capsules:
+            limits = Limits(number=guard.capsules)
+            self._flight = FlightRecorder(self.path, limits=limits, on_warning=_warn, shield=self._guard_shield)
+        guarding = Guarding(
+            guard,
+            self._guard_shield,
+            models=models,
+            only=optimizers,
+            on_event=self._note_guard,
+            on_warning=_warn,
+            reading_of=self._observer.reading_of,
+            place_of=self._observer.place_of,
+            clips=lambda: self._observer.clips,
+            flight=self._flight,
+            later=self._facts_of_run,
+            lower=lambda factor: self.apply(SetHyperparameter(name="lr", factor=factor)),
+        )
+        self._guard_shield.call(guarding.listen)
+        return guarding
+
+    def _facts_of_run(self) -> dict[str, Any]:
+        """What a capsule keeps of the run so far. Called on the thread that writes it."""
+        run = self._file.read()
+        found = diagnose(run.histories, run=run.id, options=self._options)
+        return {"diagnosis": found.to_dict(), "command": list(sys.argv), "statistics": _last_rows(run.histories)}
+
+    def _note_guard(self, kind: str, data: dict[str, Any], place: tuple[str, int] | None) -> None:
+        if place is not None and place[0] in self._observer.subjects:
+            subject, step = place
+            self._file.write_event(subject, Event(step=step, kind=kind, data=data))
+        else:
+            self._note_change(kind, data)
 
     # ---- what the run shows -------------------------------------------------------------------------------------
 
@@ -137,7 +179,7 @@ class Watch:
     @property
     def overhead(self) -> float:
         """Share of wall time since the start that watching took, as a fraction."""
-        return self._shield.seconds / max(time.perf_counter() - self._started, 1e-9)
+        return (self._shield.seconds + self._guard_shield.seconds) / max(time.perf_counter() - self._started, 1e-9)
 
     def run(self) -> Run:
         """Everything recorded so far."""
@@ -230,6 +272,10 @@ class Watch:
             error = None
         for applier in self._appliers:
             applier.stop()
+        if self._guarding is not None:
+            self._guarding.stop()
+        if self._flight is not None:
+            self._flight.close()  # what is being written asks the run file
         self._observer.detach(error)
         self._tell_changes((self._observer.subjects or ["model"])[0])
         if error is not None:
@@ -265,6 +311,30 @@ class Watch:
         for subject in self._observer.subjects:
             self._file.write_event(subject, Event(step=self.step, kind="watch-detached", data={"message": what}))
 
+    def _unguarded(self, what: str) -> None:
+        _warn(f"stopped guarding at step {self.step} because of an error of its own, training goes on: {what}")
+        if self._guarding is not None:
+            self._guarding.stop()
+        self._note_change("guard-detached", {"message": what})
+
+    # ---- between runs -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learned of the run, for a checkpoint: with it, protection does not start anew after a restart.
+
+        Lists, numbers and strings, always under the same names.
+        """
+        guard = None if self._guarding is None else self._guarding.state_dict()
+        return {"schema": 1, "watch": self._observer.state_dict(), "guard": guard}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`. Raises ValueError for anything else."""
+        if state.get("schema") != 1:
+            raise ValueError("this is not the state_dict of a watch, or one of a newer isograd")
+        self._shield.call(self._observer.load_state_dict, state["watch"])
+        if self._guarding is not None and state["guard"] is not None:
+            self._guarding.load_state_dict(state["guard"])
+
 
 class Off:
     """What `watch` returns under `ISOGRAD=off`: nothing is watched, nothing is written."""
@@ -286,6 +356,13 @@ class Off:
         """Nothing is changed."""
         return tuple
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing has been learned: what a watch takes up without effect."""
+        return {"schema": 1, "watch": {}, "guard": None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is taken up."""
+
     def histories(self) -> tuple[History, ...]:
         """Empty: nothing was watched."""
         return ()
@@ -304,13 +381,15 @@ def watch(
     out: str | os.PathLike[str] | None = None,
     every: int | None = None,
     budget: float | None = None,
+    guard: Guard | None = None,
 ) -> Watch | Off:
     """Watch models and optimizers while they train.
 
     `things`: modules and optimizers in any order; none at all watches everything that trains in this process. A model
     alone is watched with whatever optimizers hold its parameters. `out`: folder for run folders (`isograd-runs`).
     `every`: largest distance between deep readings in steps (100). `budget`: largest share of wall time that watching
-    may take after its first 2 s, as a fraction (0.01).
+    may take after its first 2 s, as a fraction (0.01). `guard`: what may be done at a bad step; without one, steps are
+    only observed.
 
     Weights, optimizer state and random-number generators end in the same bits as without it. Raises ValueError for
     arguments that are neither models nor optimizers, and for options out of range.
@@ -332,7 +411,23 @@ def watch(
         meta={"command": list(sys.argv), "script": Path(sys.argv[0]).name if sys.argv else ""},
         options=settings.rules,
         frame=sys._getframe(1),
+        guard=guard,
     )
+
+
+def _last_rows(histories: Sequence[History]) -> dict[str, Any]:
+    """Gradient norms of each parameter over the last steps, for what is usual."""
+    found: dict[str, Any] = {}
+    for history in histories:
+        series = history.series.get("grad_norm")
+        if series is not None:
+            rows = series.values[-_USUAL:].T.tolist()
+            found |= {parameter.name: row for parameter, row in zip(history.parameters, rows, strict=True)}
+    return {"grad_norm": found}
+
+
+_USUAL = 16
+"""Steps whose norms a capsule keeps beside the bad one's."""
 
 
 def _is_clean_exit(error: BaseException) -> bool:

@@ -15,8 +15,8 @@ class Rewind(Remedy):
     """Go back to a state before the run broke, and leave out the batches that broke it.
 
     What it does
-        Parameters, optimizer, schedule and random state are restored from a checkpoint; the batches between are
-        skipped.
+        Parameters, optimizer and schedule are restored from a checkpoint; the batches between are skipped.
+        `isograd run --guard rewind` does it while a run goes on, from snapshots in memory.
 
     When it helps
         A run that breaks after hours and would break again at the same batches.

@@ -16,7 +16,8 @@ class SkipBadSteps(Remedy):
     """Leave out steps whose gradients hold NaN or Inf.
 
     What it does
-        Weights, optimizer state and step counters stay as if that batch had not existed.
+        Weights, optimizer state and step counters stay as if that batch had not existed. `isograd run --guard skip`
+        also leaves out finite spikes, and puts batch statistics, schedules and loss scale back.
 
     When it helps
         Rare batches that break: one bad sample, an empty mask, an overflow.

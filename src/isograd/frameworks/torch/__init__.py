@@ -12,6 +12,8 @@ from torch import multiprocessing, nn
 from torch.optim import Optimizer
 
 from isograd.frameworks.torch._apply import Applier as Applier
+from isograd.frameworks.torch._flight import FlightRecorder as FlightRecorder
+from isograd.frameworks.torch._guarding import Guarding as Guarding
 from isograd.frameworks.torch._initialization import initialize as initialize
 from isograd.frameworks.torch._observe import Observer as Observer
 from isograd.frameworks.torch._ranks import rank as rank

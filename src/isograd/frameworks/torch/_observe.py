@@ -14,7 +14,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -88,6 +88,7 @@ class Observer:
         self._known_graph: tuple[tuple[Any, ...], dict[str, int]] = (), {}
         self._unheld: tuple[frozenset[int], list[str]] = frozenset(), []
         self._marks = (time.perf_counter(), shield.seconds)
+        self._earlier: Mapping[str, Any] = {}
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +151,16 @@ class Observer:
         self._unhook_layers()
         self._window.release()
         self._window, self._pending = Window(), []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is usual so far, by subject."""
+        return {name: schedule.state_dict() for name, schedule in self._writer.schedules.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; subjects that are not known yet take up what is theirs when they are."""
+        self._earlier = state
+        for name, schedule in self._writer.schedules.items():
+            schedule.load_state_dict(state.get(name, {}))
 
     def drain(self) -> None:
         """Write what has been read so far, waiting for what is under way."""
@@ -540,6 +551,23 @@ class Observer:
                 reading.note_versions()
             self._stepping = optimizer, reading
 
+    def reading_of(self, optimizer: Optimizer) -> ParameterReading | None:
+        """What was read before the optimizer's step that is under way."""
+        return self._stepping[1] if self._stepping is not None and self._stepping[0] is optimizer else None
+
+    @property
+    def clips(self) -> list[dict[str, float]]:
+        """Norms that the program has clipped in the step under way. Waits for the device."""
+        return [{"norm": float(norm), "limit": limit} for norm, limit in self._window.clips]
+
+    def place_of(self, optimizer: Optimizer) -> tuple[str, int]:
+        """The subject of an optimizer's step that is under way, and the number of the step."""
+        subject = self._subject_of(optimizer)
+        if subject is not None:
+            return subject.name, subject.step + any(one.optimizer is optimizer for one in self._pending)
+        roots = self._roots_of(_all_parameters(optimizer))
+        return self._roots[roots[0]] if len(roots) == 1 else "model", 0
+
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
         self._shield.call(self._after_step, optimizer)
@@ -634,6 +662,7 @@ class Observer:
         subject = Subject(_unique(name, {s.name for s in self._subjects}), self._recorder)
         self._subjects.append(subject)
         self._writer.schedules[subject.name] = schedule = self._make_schedule()
+        schedule.load_state_dict(self._earlier.get(subject.name, {}))
         schedule.is_deep(0)
         if self._writer.ranks is None and ranks.world_size() > 1 and any(map(describe.is_wrapper, self._roots)):
             self._writer.join_ranks(lag=0 if _is_on_cpu(optimizer) else 2)

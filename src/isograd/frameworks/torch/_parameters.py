@@ -146,6 +146,14 @@ class ParameterReading:
         return "grad_norm" in self._known or "grad_norm" in self._tensors
 
     @property
+    def gradients(self) -> tuple[list[int], list[float], list[float]] | None:
+        """(which, L2 norms, entries that are not finite) of the gradients, where they are on the host already."""
+        if "grad_norm" not in self._known:
+            return None
+        (present, norms), (_, bad) = self._known["grad_norm"], self._known["grad_nonfinite"]
+        return present, norms, bad
+
+    @property
     def is_suspicious(self) -> bool:
         """Whether a gradient or a weight may not be finite; on an accelerator, at every deep step."""
         suspects, _ = self._tensors.get("weight_nonfinite", ([], []))

@@ -216,12 +216,25 @@ class Skipping:
         if optimizer in self._hidden or math.isfinite(largest_entry(gradients_of(optimizer))):
             return
         self._on_skip(optimizer)
+        self.leave_out(optimizer)
+
+    def leave_out(self, optimizer: Optimizer) -> None:
+        """Let the step that comes change nothing."""
         self._hidden[optimizer] = [(p, p.grad) for p in with_gradients(optimizer) if p.grad is not None]
         if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, LBFGS):
             weights = [parameter.detach().clone() for parameter in parameters_of(optimizer)]
             self._copies[optimizer] = weights, _copy_state(optimizer)
         for parameter, _ in self._hidden[optimizer]:
             parameter.grad = None
+
+    def forget(self, optimizer: Optimizer, *, gradients: bool = True) -> None:
+        """The step has raised in the program, or was never made: give back the gradients, but for those of a batch
+        that another one has followed. Weights are not written to, for a forward pass may have begun.
+        """
+        self._copies.pop(optimizer, None)
+        if not gradients:
+            self._hidden.pop(optimizer, None)
+        self.give_back(optimizer)
 
     def give_back(self, optimizer: Optimizer) -> None:
         """After the step."""
