@@ -90,6 +90,7 @@ class Watch:
         changes: Sequence[Change] = (),
         on_refusal: Callable[[str], None] | None = None,
         guard: Guard | None = None,
+        others: Sequence[object] = (),
     ) -> None:
         from isograd.frameworks.torch import Applier, Observer, describe_run
 
@@ -120,9 +121,9 @@ class Watch:
         self._shield.call(self._observer.attach, models, optimizers, frame)
         applier.listen_last()
         self._flight: Any = None
-        self._guarding = None if guard is None else self._begin_guarding(guard)
+        self._guarding = None if guard is None else self._begin_guarding(guard, others)
 
-    def _begin_guarding(self, guard: Guard) -> Any:
+    def _begin_guarding(self, guard: Guard, others: Sequence[object]) -> Any:
         from isograd.frameworks.torch import FlightRecorder, Guarding
 
         models, optimizers = self._things
@@ -141,6 +142,7 @@ class Watch:
             clips=lambda: self._observer.clips,
             flight=self._flight,
             later=self._facts_of_run,
+            others=others,
             lower=lambda factor: self.apply(SetHyperparameter(name="lr", factor=factor)),
         )
         self._guard_shield.call(guarding.listen)
@@ -386,13 +388,14 @@ def watch(
     """Watch models and optimizers while they train.
 
     `things`: modules and optimizers in any order; none at all watches everything that trains in this process. A model
-    alone is watched with whatever optimizers hold its parameters. `out`: folder for run folders (`isograd-runs`).
-    `every`: largest distance between deep readings in steps (100). `budget`: largest share of wall time that watching
-    may take after its first 2 s, as a fraction (0.01). `guard`: what may be done at a bad step; without one, steps are
-    only observed.
+    alone is watched with whatever optimizers hold its parameters. Anything else with `state_dict` and `load_state_dict`
+    (an average of the weights, a data loader) belongs to what a guard goes back to. `out`: folder for run folders
+    (`isograd-runs`). `every`: largest distance between deep readings in steps (100). `budget`: largest share of wall
+    time that watching may take after its first 2 s, as a fraction (0.01). `guard`: what may be done at a bad step;
+    without one, steps are only observed.
 
     Weights, optimizer state and random-number generators end in the same bits as without it. Raises ValueError for
-    arguments that are neither models nor optimizers, and for options out of range.
+    arguments that have no state, and for options out of range.
     """
     from isograd._settings import load_settings
 
@@ -401,7 +404,7 @@ def watch(
         return Off()
     from isograd.frameworks.torch import sort
 
-    models, optimizers = sort(things)
+    models, optimizers, others = sort(things)
     return Watch(
         models,
         optimizers,
@@ -412,6 +415,7 @@ def watch(
         options=settings.rules,
         frame=sys._getframe(1),
         guard=guard,
+        others=others,
     )
 
 

@@ -43,14 +43,15 @@ def describe_run() -> dict[str, Any]:
     }
 
 
-def sort(things: Iterable[object]) -> tuple[tuple[nn.Module, ...], tuple[Optimizer, ...]]:
-    """(modules, optimizers) among `things`. Raises ValueError for anything else."""
+def sort(things: Iterable[object]) -> tuple[tuple[nn.Module, ...], tuple[Optimizer, ...], tuple[object, ...]]:
+    """(modules, optimizers, others that have a state) among `things`. Raises ValueError for anything else."""
     several = tuple(things)
     for thing in several:
-        if not isinstance(thing, (nn.Module, Optimizer)):
+        if not (callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))):
             raise ValueError(f"watch() takes torch modules and optimizers, not {type(thing).__name__}")
     models = tuple(thing for thing in several if isinstance(thing, nn.Module))
-    return models, tuple(thing for thing in several if isinstance(thing, Optimizer))
+    optimizers = tuple(thing for thing in several if isinstance(thing, Optimizer))
+    return models, optimizers, tuple(thing for thing in several if not isinstance(thing, (nn.Module, Optimizer)))
 
 
 def set_threads(threads: int) -> None:
