@@ -46,23 +46,30 @@ THEIRS = {
 }
 EVERYTHING = {"isograd, every statistic at every step": variants.isograd_everything}
 
+GUARDS = {
+    "watched again": variants.isograd_default,
+    "guard: skip and clip, no capsules": variants.guard_without_ring,
+    "guard: skip and clip": variants.guard,
+    "guard: skip, clip and rewind": variants.guard_rewind,
+}
+
 # The first 20 steps are all read in full, within an allowance of 2 s; what a long run pays begins behind them.
 EARLY = 24
 WARM_UP = {"isograd, default": EARLY}
 
 
-def compare(times: dict[str, Floats]) -> list[dict[str, Any]]:
-    """One row per variant: seconds of a step, and both ratios to the unwatched run."""
+def compare(times: dict[str, Floats], base: str = BASE) -> list[dict[str, Any]]:
+    """One row per variant: seconds of a step, and both ratios to the run that is the base."""
     return [
         {
             "variant": name,
             "rounds": int(np.isfinite(seconds).sum()),
             "seconds": float(np.nanmedian(seconds)),
-            "median_ratio": asdict(bootstrap(median_ratio, seconds, times[BASE])),
-            "total_ratio": asdict(bootstrap(total_ratio, seconds, times[BASE])),
+            "median_ratio": asdict(bootstrap(median_ratio, seconds, times[base])),
+            "total_ratio": asdict(bootstrap(total_ratio, seconds, times[base])),
         }
         for name, seconds in times.items()
-        if name != BASE
+        if name != base
     ]
 
 
@@ -78,6 +85,16 @@ def measure_gpt(folder: Path, scale: float) -> list[dict[str, Any]]:
             rare={"wandb.watch(log='all', log_freq=1)": 4, "TensorBoard histograms": 4},
         )
     )
+
+
+def measure_guard(folder: Path, scale: float) -> list[dict[str, Any]]:
+    """The same GPT, guarded, against the run that is only watched."""
+    watched = {"isograd, default": variants.isograd_default}
+    contestants = watched | GUARDS
+    # Ranges are known after 40 steps: from then on every limit is looked at.
+    warm_up = dict.fromkeys(contestants, 48)
+    times = interleave(workloads.gpt, contestants, folder=folder, seconds=280 * scale, warm_up=warm_up)
+    return compare(times, base="isograd, default")
 
 
 def measure_cnn(folder: Path, scale: float) -> list[dict[str, Any]]:
@@ -230,6 +247,7 @@ SECTIONS: dict[str, Callable[[Path, float], Any]] = {
     "gpt": measure_gpt,
     "cnn": measure_cnn,
     "lstm": measure_lstm,
+    "guard": measure_guard,
     "tensors": measure_tensors,
     "size": measure_size,
     "preflight": measure_preflight,
@@ -340,6 +358,8 @@ def report(figures: dict[str, Any]) -> str:
         "lstm": "LSTM language model, 6.8 M parameters, 16 x 64 tokens, Adam",
     }
     parts += [f"## {title}\n\n{ratios(figures[name])}" for name, title in titles.items() if name in figures]
+    if "guard" in figures:
+        parts.append(f"## Guard, on the GPT above\n\nHere ratios are to the watched run.\n\n{ratios(figures['guard'])}")
     if "tensors" in figures:
         parts.append(f"## Cost of a step against the number of tensors\n\n{tensors(figures['tensors'])}")
     if "size" in figures:

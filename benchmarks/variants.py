@@ -37,6 +37,36 @@ def isograd_everything(program: Program, folder: Path) -> Iterator[Calls]:
 
 
 @contextmanager
+def guard(program: Program, folder: Path) -> Iterator[Calls]:
+    """The default, and bad steps are clipped or left out; the last batches are kept for a capsule."""
+    import isograd
+
+    policy = isograd.Guard(skip=True, clip=True)
+    with isograd.watch(program.model, program.optimizer, out=folder, guard=policy):
+        yield Calls()
+
+
+@contextmanager
+def guard_without_ring(program: Program, folder: Path) -> Iterator[Calls]:
+    """Likewise, with no batches kept."""
+    import isograd
+
+    policy = isograd.Guard(skip=True, clip=True, capsules=0)
+    with isograd.watch(program.model, program.optimizer, out=folder, guard=policy):
+        yield Calls()
+
+
+@contextmanager
+def guard_rewind(program: Program, folder: Path) -> Iterator[Calls]:
+    """The guard with everything, and snapshots to go back to at their own cadence."""
+    import isograd
+
+    policy = isograd.Guard(skip=True, clip=True, rewind=True)
+    with isograd.watch(program.model, program.optimizer, out=folder, guard=policy):
+        yield Calls()
+
+
+@contextmanager
 def wandb_watch(program: Program, folder: Path) -> Iterator[Calls]:
     """Histograms of all gradients and weights at every step, committed by the log call that a loop has anyway."""
     import wandb

@@ -236,7 +236,7 @@ def test_wheel_holds_the_package(wheel):
 
 
 def test_wheel_needs_no_framework(wheel):
-    """What a wheel requires without an extra is NumPy, capsules' format and the terminal, no deep-learning framework."""
+    """What a wheel requires without an extra is NumPy, a file format and the terminal, no deep-learning framework."""
     archive = zipfile.ZipFile(wheel)
     metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")

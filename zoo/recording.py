@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkServerContext
@@ -125,8 +125,11 @@ def run_folder(job: Job, root: Path) -> Path | None:
     return next((path.parent for path in sorted(job.folder(root).glob("*/run.db"))), None)
 
 
-def record(wanted: Iterable[Job], root: Path, *, workers: int = 2) -> Iterator[tuple[Job, Recorded]]:
+def record(
+    wanted: Iterable[Job], root: Path, *, workers: int = 2, options: Sequence[str] = ()
+) -> Iterator[tuple[Job, Recorded]]:
     """Record every job below `root`, `workers` at a time, in the order given; earlier records of it are removed.
+    `options`: of `isograd run`, beside those that say where.
 
     The programs are forked from a server that has imported PyTorch, which would take longer than most of them run.
     """
@@ -134,15 +137,15 @@ def record(wanted: Iterable[Job], root: Path, *, workers: int = 2) -> Iterator[t
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda job: (job, _record(job, root, context)), wanted)
+        yield from pool.map(lambda job: (job, _record(job, root, context, options)), wanted)
 
 
-def _record(job: Job, root: Path, context: ForkServerContext) -> Recorded:
+def _record(job: Job, root: Path, context: ForkServerContext, options: Sequence[str]) -> Recorded:
     folder = job.folder(root)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start = time.monotonic()
-    process = context.Process(target=_run, args=(str(job.script), job.arguments, str(folder)))
+    process = context.Process(target=_run, args=(str(job.script), job.arguments, str(folder), list(options)))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
@@ -160,7 +163,7 @@ def last_metric(output: str) -> tuple[str, float]:
     return (found[-1][0], float(found[-1][1])) if found else ("", float("nan"))
 
 
-def _run(script: str, arguments: list[str], folder: str) -> None:
+def _run(script: str, arguments: list[str], folder: str, options: list[str]) -> None:
     """The process of one program: what it prints goes to output.txt, what isograd says to verdict.txt."""
     for descriptor, name in ((1, "output.txt"), (2, "verdict.txt")):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), descriptor)
@@ -169,4 +172,4 @@ def _run(script: str, arguments: list[str], folder: str) -> None:
     os.chdir(folder)
     from isograd._cli import main
 
-    sys.exit(main(["run", "--out", folder, script, *arguments]))
+    sys.exit(main(["run", "--out", folder, *options, script, *arguments]))

@@ -146,9 +146,9 @@ def test_a_spike_is_clipped_inside_the_step(name):
         found[-1].close()
     gated, host = found
     assert [kind for kind, _ in gated.events] == [kind for kind, _ in host.events] == ["bad-step-clipped"]
-    for name, one in gated.model.named_parameters():
-        if name != "0.bias":  # before batch normalization: its gradient is rounding, which Adam makes a step of
-            torch.testing.assert_close(one, host.model.get_parameter(name), rtol=1e-4, atol=1e-6)
+    for path, one in gated.model.named_parameters():
+        if path != "0.bias":  # before batch normalization: its gradient is rounding, which Adam makes a step of
+            torch.testing.assert_close(one, host.model.get_parameter(path), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("waits", ["always", "never"])

@@ -48,8 +48,8 @@ Tell = Callable[[str, dict[str, Any], tuple[str, int] | None], None]
 class Guarded:
     """What is known of one optimizer: its models, their names, and the judge of its steps."""
 
-    def __init__(self, optimizer: Optimizer, guard: Guard) -> None:
-        self.roots = describe.roots_holding(parameters_of(optimizer))
+    def __init__(self, optimizer: Optimizer, guard: Guard, roots: list[nn.Module]) -> None:
+        self.roots = roots
         self.named_roots = _named(self.roots)
         self._names = {id(p): name for root in self.roots for name, p in _named_parameters(root)}
         self._parameters = [weakref.ref(parameter) for parameter in parameters_of(optimizer)]
@@ -84,6 +84,26 @@ class Guarded:
         """Whether a weight or the optimizer's state is not finite, on any rank."""
         bad = not _is_finite(optimizer)  # buffers are put back with the batch
         return self.agreement.any(bad) if self.agreement is not None else bad
+
+
+class _Roots:
+    """Models by what optimizers hold of them: looked for among all that is alive once, not for each optimizer of a
+    program that has one for each parameter.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[weakref.ref[nn.Module]] = []
+
+    def of(self, optimizer: Optimizer) -> list[nn.Module]:
+        """The topmost modules that hold its parameters."""
+        parameters = parameters_of(optimizer)
+        alive = [root for ref in self._known if (root := ref()) is not None]
+        owner = {id(parameter): root for root in alive for parameter in root.parameters()}
+        if any(id(parameter) not in owner for parameter in parameters):
+            roots = describe.roots_holding(parameters)
+            self._known += [weakref.ref(root) for root in roots]
+            return roots
+        return list({id(owner[id(p)]): owner[id(p)] for p in parameters}.values())
 
 
 class _Early:
@@ -154,13 +174,13 @@ def _is_finite(optimizer: Optimizer) -> bool:
 class Guarding:
     """Guards the optimizers of one process, those in `only` where any are given.
 
-    `on_event(kind, data)` hears of all that is done, `on_warning(sentence)` of what users must know. `reading_of`: what
-    has been read of a step before; `place_of`: the subject and the number of the step under way;
-    `clips`: norms that the program clipped in it. `flight` writes bad
-    steps down, with the facts of `later()`; `lower(factor)` multiplies the learning rate for the rest of the run.
-    Nothing but `BadStep` is raised into the program, and that only where the guard was asked to stop. `waits`: whether the host decides, waiting
-    for the device ("always"), or the device where the optimizer allows it ("never", or "cpu": only where it trains on
-    the CPU, where nothing waits).
+    `on_event(kind, data, place)` hears of all that is done, `on_warning(sentence)` of what users must know.
+    `reading_of`: what has been read of a step before; `place_of`: the subject and the number of the step under way;
+    `clips`: norms that the program clipped in it. `flight` writes bad steps down, with the facts of `later()`;
+    `lower(factor)` multiplies the learning rate for the rest of the run. Nothing but `BadStep` is raised into the
+    program, and that only where the guard was asked to stop. `waits`: whether the host decides, waiting for the device
+    ("always"), or the device where the optimizer allows it ("never", or "cpu": only where it trains on the CPU, where
+    nothing waits).
     """
 
     def __init__(
@@ -190,6 +210,7 @@ class Guarding:
         self._refused: WeakSet[Optimizer] = WeakSet()
         self._said: set[str] = set()
         self._leaves_out = guard.skip or guard.rewind or guard.stop
+        self._roots_at_first, self._roots = _Roots(), _Roots()  # between the two a model may have been wrapped
         self._skipping, self._buffers, self._followers = Skipping(lambda _: None), Buffers(), Followers()
         self._snapshots: Snapshots | None = None
         self._next_snapshot, self._began = 0, 0
@@ -241,7 +262,7 @@ class Guarding:
         self._shield.call(self._keep_buffers, optimizer)
 
     def _keep_buffers(self, optimizer: Optimizer) -> None:
-        roots = describe.roots_holding(parameters_of(optimizer)) if self._is_ours(optimizer) else []
+        roots = self._roots_at_first.of(optimizer) if self._is_ours(optimizer) else []
         if self._flight is not None:
             self._flight.follow(_named(roots))
         for root in roots if self._leaves_out else ():
@@ -367,7 +388,7 @@ class Guarding:
     def _known(self, optimizer: Optimizer) -> Guarded:
         guarded = self._guarded.get(optimizer)
         if guarded is None:
-            guarded = self._guarded[optimizer] = Guarded(optimizer, self._guard)
+            guarded = self._guarded[optimizer] = Guarded(optimizer, self._guard, self._roots.of(optimizer))
             self._snapshots = None  # what they hold is not all of the program any more
             self._take_up(guarded)
         return guarded

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from isograd.frameworks.torch._generators import Generators
 from isograd.frameworks.torch._notes import Kept, Noted, Notes
 
+STEPS = 64
+"""Steps that are held at most: each comes with generators' states of some 40 KB, however small its data."""
+
 CALLS = 64
 """Calls of root modules that are noted of one step: an optimizer with a closure may make any number."""
 
@@ -70,7 +73,7 @@ class Entry:
 
 
 class Ring:
-    """Gathers the step under way, and holds those that have ended up to `limit` bytes, the newest ones.
+    """Gathers the step under way, and holds the newest `STEPS` of those that have ended, up to `limit` bytes of data.
 
     What lies in memory shared with the loader's workers is let go with its step: few bytes are free there.
     """
@@ -145,7 +148,7 @@ class Ring:
     def _push(self, entry: Entry) -> None:
         self._entries.append(entry)
         self._entry_bytes += entry.bytes
-        while self._entry_bytes > self.limit:
+        while self._entry_bytes > self.limit or len(self._entries) > STEPS:
             self._entry_bytes -= self._entries.popleft().bytes
 
     # ---- asking ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def read_step(
     loss = sum(float(value) for value in losses) / loss_scale if losses else math.nan
     moved = math.nan if update is None else float(update)
     if update is not None and not math.isfinite(moved):
-        moved = math.nan if nonfinite.any() else math.inf  # of finite gradients: the optimizer's state is what is broken
+        moved = math.nan if nonfinite.any() else math.inf  # of finite gradients: the optimizer's state is broken
     reading = Reading(
         loss=loss,
         loss_is_finite=not losses or math.isfinite(loss),
