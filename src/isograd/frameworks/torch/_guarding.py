@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Literal
@@ -14,26 +14,25 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from isograd._errors import BadStep
 from isograd._guard import Guard
-from isograd._judge import Bounds, Decision, Judge, Reading
+from isograd._judge import Bounds, Decision, Reading
 from isograd.frameworks import Shield
 from isograd.frameworks.torch import _describe as describe
 from isograd.frameworks.torch import _taps as taps
 from isograd.frameworks.torch._buffers import Buffers
-from isograd.frameworks.torch._device_gate import DeviceGate, can_gate
+from isograd.frameworks.torch._device_gate import can_gate
 from isograd.frameworks.torch._effects import OWN, gradients_of, parameters_of
 from isograd.frameworks.torch._flight import FlightRecorder
 from isograd.frameworks.torch._followers import Followers
+from isograd.frameworks.torch._guarded import Guarded, Roots, named
 from isograd.frameworks.torch._parameters import ParameterReading
 from isograd.frameworks.torch._snapshot import Snapshots
-from isograd.frameworks.torch._state_parts import OptimizerPart
 from isograd.frameworks.torch._step_changes import Skipping
-from isograd.frameworks.torch._step_reading import Agreement, CannotAgree, needs_agreement, read_step
-from isograd.frameworks.torch._tensor_copies import Inventory
-from isograd.frameworks.torch._training_state import TrainingState, with_inner
+from isograd.frameworks.torch._step_reading import Agreement, read_step
+from isograd.frameworks.torch._training_state import TrainingState
 
 SNAPSHOT_SHARE = 0.005
 """Share of the time that snapshots may take: half of the watcher's own budget of 1 %."""
@@ -43,67 +42,6 @@ CLOSEST = 16
 
 Tell = Callable[[str, dict[str, Any], tuple[str, int] | None], None]
 """(kind of event, its data, subject and step that it is about)."""
-
-
-class Guarded:
-    """What is known of one optimizer: its models, their names, and the judge of its steps."""
-
-    def __init__(self, optimizer: Optimizer, guard: Guard, roots: list[nn.Module]) -> None:
-        self.roots = roots
-        self.named_roots = _named(self.roots)
-        self._names = {id(p): name for root in self.roots for name, p in _named_parameters(root)}
-        self._parameters = [weakref.ref(parameter) for parameter in parameters_of(optimizer)]
-        self.judge = Judge(guard, self._name)
-        self.gate = DeviceGate(guard, self.judge)
-        self.agreement: Agreement | None = None
-        self.refusal = self._objection(optimizer)
-
-    def _objection(self, optimizer: Optimizer) -> str:
-        if isinstance(optimizer, LBFGS):
-            return "it evaluates its loss several times within a step"
-        parameters = parameters_of(optimizer)
-        why = needs_agreement(self.roots, parameters)
-        if why not in ("replicated", "sharded"):
-            return why
-        try:
-            self.agreement = Agreement(sharded=why == "sharded", width=len(parameters))
-        except CannotAgree as refusal:
-            return str(refusal)
-        return ""
-
-    def _name(self, index: int) -> str:
-        parameter = self._parameters[index]() if index < len(self._parameters) else None
-        return self._names.get(id(parameter), f"parameter {index}")
-
-    @property
-    def all_overflowed(self) -> bool:
-        """Whether every rank's scaler leaves the step under way out, so that all of them lower their scales."""
-        return self.agreement is None or self.agreement.overflows == self.agreement.size
-
-    def state_is_bad(self, optimizer: Optimizer) -> bool:
-        """Whether a weight or the optimizer's state is not finite, on any rank."""
-        bad = not _is_finite(optimizer)  # buffers are put back with the batch
-        return self.agreement.any(bad) if self.agreement is not None else bad
-
-
-class _Roots:
-    """Models by what optimizers hold of them: looked for among all that is alive once, not for each optimizer of a
-    program that has one for each parameter.
-    """
-
-    def __init__(self) -> None:
-        self._known: list[weakref.ref[nn.Module]] = []
-
-    def of(self, optimizer: Optimizer) -> list[nn.Module]:
-        """The topmost modules that hold its parameters."""
-        parameters = parameters_of(optimizer)
-        alive = [root for ref in self._known if (root := ref()) is not None]
-        owner = {id(parameter): root for root in alive for parameter in root.parameters()}
-        if any(id(parameter) not in owner for parameter in parameters):
-            roots = describe.roots_holding(parameters)
-            self._known += [weakref.ref(root) for root in roots]
-            return roots
-        return list({id(owner[id(p)]): owner[id(p)] for p in parameters}.values())
 
 
 class _Early:
@@ -123,21 +61,6 @@ class _Early:
 
     made_optimizer = before_backward = after_backward = before_step = after_step = _ignore
     clipped = before_scaled_step = packs_saved_tensors = _ignore
-
-
-def _named_parameters(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters under the user's names: what wraps the model is left out."""
-    for path, module in describe.walk(root):
-        yield from module.named_parameters(path, recurse=False)
-
-
-def _named(roots: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The roots by their classes' names, numbered where two have the same."""
-    named: dict[str, nn.Module] = {}
-    for root in roots:
-        name = type(root).__name__.lower()
-        named[name if name not in named else f"{name}-{len(named) + 1}"] = root
-    return named
 
 
 def _is_within_step(optimizer: Optimizer) -> bool:
@@ -161,14 +84,6 @@ def _has_overflowed(optimizer: Optimizer) -> bool:
     """Whether a scaler has told a fused step to do nothing."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found)
-
-
-def _is_finite(optimizer: Optimizer) -> bool:
-    """Whether weights and state are, looked at without a search for what else belongs to them: that takes long."""
-    inventory = Inventory()
-    for one in with_inner([optimizer]):
-        OptimizerPart(one, inventory)
-    return inventory.is_finite()
 
 
 class Guarding:
@@ -210,7 +125,7 @@ class Guarding:
         self._refused: WeakSet[Optimizer] = WeakSet()
         self._said: set[str] = set()
         self._leaves_out = guard.skip or guard.rewind or guard.stop
-        self._roots_at_first, self._roots = _Roots(), _Roots()  # between the two a model may have been wrapped
+        self._roots_at_first, self._roots = Roots(), Roots()  # between the two a model may have been wrapped
         self._skipping, self._buffers, self._followers = Skipping(lambda _: None), Buffers(), Followers()
         self._snapshots: Snapshots | None = None
         self._next_snapshot, self._began = 0, 0
@@ -264,7 +179,7 @@ class Guarding:
     def _keep_buffers(self, optimizer: Optimizer) -> None:
         roots = self._roots_at_first.of(optimizer) if self._is_ours(optimizer) else []
         if self._flight is not None:
-            self._flight.follow(_named(roots))
+            self._flight.follow(named(roots))
         for root in roots if self._leaves_out else ():
             self._buffers.keep(root)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from isograd.frameworks import Shield
 from isograd.frameworks.torch import _domains as domains
 from isograd.frameworks.torch._source import SourceLines
-from isograd.frameworks.torch._trace import NODES, operation_name, order, saved
+from isograd.frameworks.torch._trace import NODES, has_memory, operation_name, order, saved
 
 Facts = dict[str, Any]
 Tell = Callable[[Facts], None]
@@ -178,6 +178,8 @@ class _Forward:
                     waiting.append((below, bad))
 
     def _leaf(self, node: Any) -> Iterator[Fault]:
+        if not has_memory(node.variable):
+            return
         bad = ~torch.isfinite(node.variable.detach())
         if bad.any():
             is_weight = isinstance(node.variable, nn.Parameter)

@@ -266,9 +266,19 @@ def saved(node: Any, *names: str) -> Tensor | None:
             value = getattr(node, f"_saved_{name}", None)
         except RuntimeError:  # modified in place since, or already freed: torch refuses to hand it out
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and has_memory(value):
             return value
     return None
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there is something to read: `fully_shard` frees gathered weights behind autograd's back until the
+    backward pass, and reading them would end the process.
+    """
+    try:
+        return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    except (NotImplementedError, RuntimeError):  # layouts without a storage of their own
+        return True
 
 
 def batch_moments(node: Any, epsilon: float) -> tuple[Tensor, Tensor] | None:
