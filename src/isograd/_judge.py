@@ -255,6 +255,7 @@ class Judge:
         self.in_a_row = 0
         self._first_bad = 0
         self._rewinds = 0
+        self._past = 0
         self._before = -1
         self._gave_up = False
 
@@ -299,8 +300,8 @@ class Judge:
         self._learn(reading)
         self._flag(False)
         self.in_a_row, self._gave_up = 0, False
-        if self.step - self._first_bad > WIDTH:
-            self._rewinds, self._before = 0, -1  # a whole window without trouble: the next one is another
+        if self.step > self._past:
+            self._rewinds, self._before = 0, -1  # the run has come past the trouble: the next one is another
         return Decision()
 
     def _reasons(self, reading: Reading, bounds: Bounds) -> tuple[Reason, ...]:
@@ -393,6 +394,7 @@ class Judge:
     def went_back(self, step: int) -> None:
         """The state is now the one that was taken at this step of its own count."""
         self._before = step
+        self._past = self.step + (self.step - step) + self._guard.patience
 
     def _relearn(self, reading: Reading, reasons: tuple[Reason, ...], *, lower: bool = False) -> Decision:
         """What is flagged so often is how the run is now."""
@@ -444,4 +446,4 @@ def _clip_end(reading: Reading, bounds: Bounds) -> float:
     return end if end < norm else math.inf
 
 
-_COUNTERS = ("step", "in_a_row", "_first_bad", "_rewinds", "_before", "_gave_up")
+_COUNTERS = ("step", "in_a_row", "_first_bad", "_rewinds", "_past", "_before", "_gave_up")

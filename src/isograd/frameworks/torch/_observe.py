@@ -38,6 +38,7 @@ from isograd.frameworks.torch import _terms as terms
 from isograd.frameworks.torch import _trace as trace
 from isograd.frameworks.torch._calls import Call
 from isograd.frameworks.torch._parameters import ParameterReading
+from isograd.frameworks.torch._rank_group import has_uneven_inputs
 from isograd.frameworks.torch._row import Row
 from isograd.frameworks.torch._step import Step
 from isograd.frameworks.torch._subject import Subject
@@ -114,6 +115,7 @@ class Observer:
         if error is not None:
             self._shield.call(self._keep_unfinished, error)
         self._shield.call(self.settle)
+        self._writer.leave_ranks()
         self._unhook_layers()
 
     def _keep_unfinished(self, error: BaseException) -> None:
@@ -147,6 +149,7 @@ class Observer:
     def release(self) -> None:
         """Stop listening at once without writing, after a failure."""
         taps.unsubscribe(self)
+        self._writer.leave_ranks()
         self._origins.lines.forbid()
         self._unhook_layers()
         self._window.release()
@@ -664,7 +667,8 @@ class Observer:
         self._writer.schedules[subject.name] = schedule = self._make_schedule()
         schedule.load_state_dict(self._earlier.get(subject.name, {}))
         schedule.is_deep(0)
-        if self._writer.ranks is None and ranks.world_size() > 1 and any(map(describe.is_wrapper, self._roots)):
+        wrapped = any(map(describe.is_wrapper, self._roots)) and not has_uneven_inputs(self._roots)
+        if self._writer.ranks is None and ranks.world_size() > 1 and wrapped:
             self._writer.join_ranks(lag=0 if _is_on_cpu(optimizer) else 2)
         return subject
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from isograd._history import Floats
+from isograd.frameworks.torch._rank_group import RankGroup
 
 
 def rank() -> int:
@@ -28,11 +29,15 @@ def world_size() -> int:
 
 
 class Ranks:
-    """Reductions over all ranks. Constructing one is itself collective: every rank must do it at the same point."""
+    """Reductions over all ranks."""
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
         self.size = dist.get_world_size()
+
+    def leave(self) -> None:
+        """This rank reduces no more: the others are not to wait for it."""
+        self._group.leave()
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks; NaN counts as nothing to add, and is returned where no rank had a value."""
@@ -56,8 +61,8 @@ class Ranks:
         present = ~torch.isnan(local)
         packed = torch.where(present, local, torch.full_like(local, neutral))
         counts = present.double()
-        dist.all_reduce(packed, op=operation, group=self._group)
-        dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._group)
+        self._group.reduce(packed, operation)
+        self._group.reduce(counts)
         result: list[float] = torch.where(counts > 0, packed, torch.full_like(packed, torch.nan)).tolist()
         return result
 

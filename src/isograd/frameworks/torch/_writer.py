@@ -12,6 +12,7 @@ from isograd._history import Event
 from isograd._schedule import Schedule
 from isograd.frameworks import Recorder
 from isograd.frameworks.torch import _ranks as ranks
+from isograd.frameworks.torch._rank_group import RankGroup
 from isograd.frameworks.torch._row import Queue, Row
 from isograd.frameworks.torch._step import LAYER_STATISTICS, Step, global_norm, unclipped
 from isograd.frameworks.torch._subject import Subject
@@ -47,8 +48,17 @@ class Writer:
         self._read: set[str] = set()  # subjects of which a module was read
 
     def join_ranks(self, lag: int) -> None:
-        """From now on readings are those of all ranks together, taken `lag` steps late. Collective."""
-        self.ranks, self._queue.lag = ranks.Ranks(), lag
+        """From now on readings are those of all ranks together, taken `lag` steps late; this rank's where not all of
+        them are watched. Collective.
+        """
+        group = RankGroup.of_all()
+        if group is not None:
+            self.ranks, self._queue.lag = ranks.Ranks(group), lag
+
+    def leave_ranks(self) -> None:
+        """This rank writes no more."""
+        if self.ranks is not None:
+            self.ranks.leave()
 
     def push(self, step: Step, row: Row) -> None:
         """Write a step as soon as its readings have arrived, and those before it that have."""
@@ -104,29 +114,33 @@ class Writer:
     def _write(self, done: Step, row: Row) -> None:
         """A step's readings have arrived on the host."""
         cheap, deep = done.parameter_arrays(row)
-        cheap |= self._step_numbers(done, row, cheap)
+        numbers, norm = self._step_numbers(done, row, cheap)
+        cheap |= numbers
         self._recorder.write_row(done.subject.name, done.step, "cheap", cheap)
         if done.is_deep:
             deep |= self._deep_readings(done, row, deep)
         if deep:
             self.deep_step = done.step
             self._recorder.write_row(done.subject.name, done.step, "deep", deep)
-        self._observe(done, cheap)
+        self._observe(done, cheap, norm)
         if self._on_step is not None:
             shown = {name: float(cheap[name]) for name in ("loss", "global_grad_norm")}
             self._on_step(done.subject.name, done.step, shown)
 
-    def _observe(self, done: Step, cheap: dict[str, Any]) -> None:
+    def _observe(self, done: Step, cheap: dict[str, Any], norm: float) -> None:
         """Tell the schedule what the step cost and whether anything about it was unusual."""
         readings = {"loss": _or_inf(cheap["loss"], cheap["loss_nonfinite"])} if done.losses else {}
-        if not math.isnan(cheap["global_grad_norm"]) or np.nansum(cheap["grad_nonfinite"]):
-            readings["global_grad_norm"] = _or_inf(cheap["global_grad_norm"], math.isnan(cheap["global_grad_norm"]))
+        if not math.isnan(norm):
+            readings["global_grad_norm"] = norm
         watch, total = float(cheap["watch_seconds"]), float(cheap["step_seconds"])
         self.schedules[done.subject.name].observe(
             done.step, deep=done.is_deep, seconds=total, watch_seconds=watch, readings=readings
         )
 
-    def _step_numbers(self, done: Step, row: Row, cheap: dict[str, Any]) -> dict[str, Any]:
+    def _step_numbers(self, done: Step, row: Row, cheap: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """The step's own readings, and the gradient norm that all ranks schedule by: one rank's gradients may have
+        gone wrong after they were averaged. Infinite where it is not finite, NaN where there is none.
+        """
         values = row[done.losses]
         scale = row[done.scale][0] if done.scale else 1.0
         finite = [value / scale for value in values if math.isfinite(value)]
@@ -134,15 +148,16 @@ class Writer:
         if skipped:
             event = Event(step=done.step, kind="step-skipped", data={"loss_scale": scale})
             self._recorder.write_event(done.subject.name, event)
-        numbers = [sum(finite), len(finite), len(values) - len(finite), done.seconds, done.watch_seconds]
+        norm = global_norm(cheap["grad_norm"], cheap["grad_nonfinite"])
+        bad_norm = math.inf if np.nansum(cheap["grad_nonfinite"]) else norm
+        numbers = [sum(finite), len(finite), len(values) - len(finite), done.seconds, done.watch_seconds, bad_norm]
         if self.ranks is not None:
             numbers = self.ranks.total(numbers)
             numbers[3:] = [value / self.ranks.size for value in numbers[3:]]
-        total, count, bad, seconds, watched = numbers
-        norm = global_norm(cheap["grad_norm"], cheap["grad_nonfinite"])
+        total, count, bad, seconds, watched, agreed = numbers
         clips = [(n, limit) for n, limit in zip(row[done.clips], done.limits, strict=True) if not math.isnan(n)]
         factors = [min(1.0, limit / (n + 1e-6)) for n, limit in clips]
-        return {
+        readings = {
             "loss": total / count if count and not bad else math.nan,
             "loss_nonfinite": bad,
             "global_grad_norm": norm,
@@ -155,6 +170,7 @@ class Writer:
             "watch_seconds": watched,
             "learning_rate": done.subject.learning_rates([(p.optimizer, p.reading.learning_rates) for p in done.group]),
         }
+        return readings, agreed
 
     def _deep_readings(self, done: Step, row: Row, deep: dict[str, Any]) -> dict[str, Any]:
         found = self._layer_arrays(done, row)
