@@ -37,7 +37,9 @@ class Picture:
     facts: Facts
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {name: {} for name in TENSORS})
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    owned: set[int] = field(default_factory=set)  # ids of tensors that nobody else writes to
+    owned: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # what nobody else writes to, by id, held so that it stays one
     _events: list[Any] = field(default_factory=list)
 
     @property
@@ -145,7 +147,7 @@ def _add_data(picture: Picture, moments: Moments) -> None:
         kept = leaves[key]
         picture.tensors["batch"][key] = kept.data
         if kept.is_copy:
-            picture.owned.add(id(kept.data))
+            picture.owned[id(kept.data)] = kept.data
     if moments.calls:
         facts["settings"]["autocast"] = moments.calls[0].autocast
 
@@ -164,7 +166,7 @@ def _add_generators(picture: Picture, moments: Moments) -> None:
     def keep(held: Tensor) -> str:
         key = keys.setdefault(held.numpy().tobytes(), str(len(keys)))
         stored[key] = held
-        picture.owned.add(id(held))
+        picture.owned[id(held)] = held
         return key
 
     picture.facts["generators"] = {
