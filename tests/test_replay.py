@@ -129,8 +129,7 @@ def test_a_finite_step_of_it_tells_layers_and_rows(loader_capsule, tmp_path, rep
     _, script, _ = loader_capsule
     script = write(tmp_path, script.read_text().replace("x[100] = 0", "x[100] = 1"))
     status, told = replayed(tmp_path, captured(tmp_path, script, 0), script.name)
-    # Now and then, on a busy machine, small gradients of the capsule are not those of the step: the grade is not asked.
-    assert status in (0, 1) and told["first_bad"] is None, told["why"]
+    assert (status, told["grade"], told["first_bad"]) == (0, "exact", None), told["why"]
     assert told["layers"] and told["rows"] and told["update_norm"] > 0
 
 

@@ -247,6 +247,25 @@ def test_a_batch_fetched_ahead(recorder):
         flight.end_step(step)
 
 
+def test_an_iterator_in_the_place_of_one_that_was_freed_is_another(recorder):
+    """One look at a validation batch, and a training loop whose iterator lies where that one was in memory."""
+    model = nn.Linear(2, 1)
+    flight = recorder({"model": model})
+    train, valid = DataLoader(torch.ones(2, 2), batch_size=2), DataLoader(torch.zeros(2, 2), batch_size=2)
+    look = iter(valid)
+    with torch.no_grad():
+        next(look)
+    place = id(look)
+    del look
+    others = []
+    while id(batches := iter(train)) != place:
+        others.append(batches)
+        assert len(others) < 10_000
+    for x in batches:
+        model(x).sum().backward()
+        assert [found.tolist() for found in data_of(captured(flight, model))] == [x.tolist()]
+
+
 @pytest.mark.parametrize("how", ["eval", "no-grad", "both"])
 def test_validation_between_steps(recorder, how):
     """What a validation between two steps is given is no part of the next step."""

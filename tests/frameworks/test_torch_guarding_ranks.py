@@ -40,7 +40,7 @@ def on_ranks(tmp_path, monkeypatch):
     starting.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "isograd._watch", "pytest"])
     count = iter(range(100))
 
-    def run(world, function, *args, seconds=120):
+    def run(world, function, *args, seconds=60):
         folder = tmp_path / f"ranks-{next(count)}"
         folder.mkdir()
         ranks = processes.start_processes(

@@ -37,9 +37,8 @@ class Picture:
     facts: Facts
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {name: {} for name in TENSORS})
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    owned: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # what nobody else writes to, by id, held so that it stays one
+    # What nobody else writes to, and so is not copied. By id(), and held so that the id stays its own.
+    owned: dict[int, Tensor] = field(default_factory=dict)
     _events: list[Any] = field(default_factory=list)
 
     @property

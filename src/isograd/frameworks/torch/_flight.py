@@ -8,9 +8,11 @@ the rest to a thread: hashing, and writing to the disk.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,9 @@ class FlightRecorder:
         self.ring = Ring(ring)
         self._roots: dict[int, tuple[str, RemovableHandle]] = {}
         self._devices: list[torch.device] = []
+        # Which iterator yielded a batch. Not by id(): an iterator often gets that of the one that was freed before it.
+        self._sources: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._numbers = itertools.count()
         self._trained: set[int] = set()
         self._told: set[str] = set()
         self._writing: list[threading.Thread] = []
@@ -122,9 +127,12 @@ class FlightRecorder:
     def _note_batch(self, source: Any, batch: Any) -> None:
         if threading.get_ident() != self._thread:
             return  # a thread that fetches ahead: what its batches are for, the calls tell
+        number = self._sources.get(source)
+        if number is None:
+            number = self._sources[source] = next(self._numbers)
         state = generators.note(self._devices)
         noted = self.ring.notes.note(batch)
-        self.ring.delivered(Batch(id(source), noted, state, evaluated=not torch.is_grad_enabled()))
+        self.ring.delivered(Batch(number, noted, state, evaluated=not torch.is_grad_enabled()))
 
     def _note_call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self._thread or torch._C._current_graph_task_id() != -1:
