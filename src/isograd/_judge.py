@@ -19,7 +19,7 @@ from isograd._guard import Guard
 from isograd._robust import MAD_TO_SIGMA
 
 Floats = NDArray[np.float64]
-Channel = Literal["loss", "global_grad_norm", "grad_norm", "update_norm"]
+Channel = Literal["loss", "global_grad_norm", "grad_norm", "update_norm", "state"]
 Action = Literal["none", "observe", "skip", "clip", "rewind", "stop", "give-up", "relearn"]
 
 WIDTH = 128
@@ -65,6 +65,8 @@ class Reason:
     def __str__(self) -> str:
         where = f" of {self.layer}" if self.layer else ""
         name = self.channel.replace("_", " ").replace("grad ", "gradient ")
+        if self.channel == "state":
+            return "weights, buffers or optimizer state are not finite"
         if not math.isfinite(self.observed):
             return f"the {name}{where} is not finite"
         return f"the {name}{where} is {self.observed:.3g}, above {self.limit:.3g}, the limit by the run's own range"
@@ -280,6 +282,16 @@ class Judge:
         if not reasons:
             return self._good(reading)
         return self._decide(reading, reasons, bounds, state_is_bad, can_rewind)
+
+    def damaged(self, *, can_rewind: bool) -> Decision:
+        """What to do after a step when weights, buffers or optimizer state turn out not to be finite: entries that no
+        loss, no gradient and no sample of the update have shown (an infinite second moment stops its weight for ever).
+        """
+        if not self.in_a_row:
+            self._first_bad = self.step
+        self.in_a_row += 1
+        reason = Reason(channel="state", observed=math.nan, limit=math.inf)
+        return replace(self._end_trouble(Reading(update=math.inf), (reason,), can_rewind), damaged=True)
 
     def bounds(self, width: int) -> Bounds:
         """Those of the next step, of so many tensors."""

@@ -172,14 +172,16 @@ def test_a_healthy_run_keeps_its_bits():
         assert torch.equal(value, without.model.state_dict()[name])
 
 
-def test_damage_that_the_device_let_in_is_rewound():
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_damaged_moment_moves_no_weight_and_is_rewound(moment, value):
     training = Training("adam", Guard(skip=True, rewind=True))
     some = batches(120)
     training.train(some[:60], follow=False)
-    next(iter(training.optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    next(iter(training.optimizer.state.values()))[moment].fill_(value)
     training.train(some[60:], follow=False)
     training.close()
-    assert "rewound" in [kind for kind, _ in training.events], training.events
+    assert [kind for kind, _ in training.events] == ["snapshots", "bad-step-skipped", "rewound"], training.events
     assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
 
 

@@ -309,8 +309,39 @@ def test_no_weight_breaks_whatever_gets_into_the_moments(tmp_path, optimizer):
             assert is_finite(program.parameters), (step, at.get(step))
         told = events(run, *ACTIONS)
     rewound = [event.step for event in told if event.kind == "rewound"]
-    assert {step for step, (_, value) in at.items() if math.isnan(value)} <= set(rewound)
+    assert {step for step, (_, value) in at.items() if not math.isfinite(value)} <= set(rewound)
     assert {event.kind for event in told} == {"bad-step-skipped", "rewound"}
+
+
+@pytest.mark.parametrize("rewinds", [1, 0])
+def test_damage_that_no_reading_shows_is_found_by_the_next_snapshot(tmp_path, capsys, rewinds):
+    """An infinite second moment among many entries: its weight never moves again, and nothing else happens."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    data = torch.randn(64, 40)
+    guard = replace(SKIP, rewind=True, rewinds=rewinds)
+    with isograd.watch(model, optimizer, out=tmp_path, guard=guard) as run:
+        # Snapshots are as far apart as their share of the time wants it; another comes in any case.
+        for step in range(4000):
+            if step == 60:
+                moment = optimizer.state[model[0].weight]["exp_avg_sq"]
+                moment.view(-1)[1] = math.inf  # of 2000 entries every seventh is looked at
+            loss = model(data).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 200 == 0 and events(run, *ACTIONS):
+                break
+        told = events(run, *ACTIONS)
+    if rewinds:
+        assert [event.kind for event in told] == ["rewound"]
+        assert told[0].data["reasons"][0]["channel"] == "state"
+        assert moment.isfinite().all()
+    else:
+        assert [event.kind for event in told] == ["guard-gave-up"]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "guard" in line]
+        assert len(lines) == 1 and "optimizer state are not finite, also after 0 rewinds" in lines[0]
 
 
 @pytest.mark.parametrize(

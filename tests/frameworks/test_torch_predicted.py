@@ -41,6 +41,23 @@ def test_the_update_is_known_before_it_is_made(name):
             assert told.item() == pytest.approx(made.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.startswith("sgd")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_with_state_that_is_not_finite_neither_is_the_update(name, value):
+    """Also where the formula divides by it: 1 / inf would be no update at all."""
+    weight = nn.Parameter(torch.randn(5))
+    optimizer = OPTIMIZERS[name]([weight])
+    weight.grad = torch.randn(5)
+    optimizer.step()
+    held = [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.dim()]
+    for tensor in held:
+        before = tensor[2].item()
+        tensor[2] = value
+        assert not predicted_update(optimizer).isfinite()
+        tensor[2] = before
+    assert held and predicted_update(optimizer).isfinite()
+
+
 def test_of_large_tensors_samples_tell_it_about():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(300, 300))

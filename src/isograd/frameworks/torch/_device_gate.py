@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class DeviceGate:
         self._queue = Queue()
         self._own: dict[str, Any] = {}
         self._limits: tuple[Bounds, Tensor, Tensor] | None = None
-        self._row: tuple[Row, list[int], Bounds] | None = None
+        self._row: tuple[Row, _Sent] | None = None
         self.left_out: Tensor = torch.zeros(())
         self.is_open = False
 
@@ -77,12 +78,17 @@ class DeviceGate:
         bounds, limits, ends = self._bounds(len(parameters), device)
         values = torch.cat([torch.stack([loss, total, moved]), norms])
         chosen = torch.cat([limits[:3], limits[3:][present]])
-        finite = torch.isfinite(total) & (torch.isfinite(loss) if losses else torch.isfinite(total))
+        finite = torch.isfinite(total)
+        if update is not None:
+            finite = finite & torch.isfinite(update)
+        if losses:
+            finite = finite & torch.isfinite(loss)
         above = (values > chosen).any()
         self._act(optimizer, finite, above, total, norms, ends[0], ends[1:][present])
         row = Row()
-        row.put([*values.unbind(), finite])
-        self._row = row, present, bounds
+        row.put([*values.unbind()])
+        sent = _Sent(present=present, bounds=bounds, has_loss=bool(losses), has_update=update is not None)
+        self._row = row, sent
 
     def _act(
         self,
@@ -129,9 +135,9 @@ class DeviceGate:
         """The optimizer has stepped, or not; `heard` is told of this and earlier steps once they are known."""
         self.let_go(optimizer)
         if self._row is not None:
-            row, present, bounds = self._row
+            row, sent = self._row
             self._row = None
-            self._queue.push(row, lambda arrived: heard(*_told(arrived, present, bounds)))
+            self._queue.push(row, lambda arrived: heard(_reading(arrived, sent), sent.bounds))
         self._queue.drain()
 
     def drain(self) -> None:
@@ -139,19 +145,32 @@ class DeviceGate:
         self._queue.drain(everything=True)
 
 
-def _told(row: Row, present: list[int], bounds: Bounds) -> tuple[Reading, Bounds]:
-    loss, _, moved, *norms, finite = row[range(4 + len(present))]
-    lengths, counts = np.full(len(bounds.norms), np.nan), np.zeros(len(bounds.norms))
-    lengths[present] = norms
-    counts[present] = ~np.isfinite(norms)
-    reading = Reading(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sent:
+    """What a row on its way to the host is about. `present`: indices of the tensors that have a gradient."""
+
+    present: list[int]
+    bounds: Bounds
+    has_loss: bool
+    has_update: bool
+
+
+def _reading(row: Row, sent: _Sent) -> Reading:
+    loss, _, moved, *norms = row[range(3 + len(sent.present))]
+    width = len(sent.bounds.norms)
+    lengths, counts = np.full(width, np.nan), np.zeros(width)
+    lengths[sent.present] = norms
+    counts[sent.present] = ~np.isfinite(norms)
+    if not math.isfinite(moved):
+        # Of finite gradients: the optimizer's state is broken.
+        moved = math.inf if sent.has_update and not counts.any() else math.nan
+    return Reading(
         loss=loss,
-        loss_is_finite=math.isfinite(loss) or bool(finite),
+        loss_is_finite=not sent.has_loss or math.isfinite(loss),
         norms=np.where(counts > 0, np.inf, lengths),
         nonfinite=counts,
-        update=moved if math.isfinite(moved) else math.nan,
+        update=moved,
     )
-    return reading, bounds
 
 
 def _are_equal(one: Bounds, other: Bounds) -> bool:

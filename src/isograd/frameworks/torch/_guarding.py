@@ -393,6 +393,8 @@ class Guarding:
 
     def _why(self, decision: Decision) -> str:
         """Why nothing more is done."""
+        if decision.reasons[0].channel == "state":
+            return f"also after {self._guard.rewinds} rewinds: rewinding ends here"
         if decision.damaged:
             return "and so are weights or optimizer state: no batch that is left out brings them back, rewinding does"
         return f"for more than {self._guard.patience} steps in a row: what repeats is not the batch"
@@ -447,7 +449,7 @@ class Guarding:
                 self._keep_seen(guarded)
         self._end_step(optimizer, left_out=left_out)
         if not decision.is_bad:
-            self._take_snapshot(guarded)
+            self._take_snapshot(optimizer, guarded)
 
     def _after_gated_step(self, optimizer: Optimizer, guarded: Guarded) -> None:
         gate, step = guarded.gate, self.step
@@ -457,7 +459,7 @@ class Guarding:
         self._end_step(optimizer, left_out=gate.left_out)
         gate.after_step(optimizer, lambda *told: self._hear(optimizer, guarded, step, *told))
         if not guarded.judge.in_a_row:
-            self._take_snapshot(guarded)
+            self._take_snapshot(optimizer, guarded)
 
     def _hear(self, optimizer: Optimizer, guarded: Guarded, step: int, reading: Reading, bounds: Bounds) -> None:
         """What the device decided at a step is known: tell it, and do what the device cannot."""
@@ -517,18 +519,37 @@ class Guarding:
             self._on_warning(f"the guard cannot rewind: {why}")
             self._on_event("guard-refused", {"why": why}, None)
 
-    def _take_snapshot(self, guarded: Guarded) -> None:
+    def _take_snapshot(self, optimizer: Optimizer, guarded: Guarded) -> None:
         self._marks = [*self._marks[-CLOSEST:], time.perf_counter()]
         if self._snapshots is None or self.step < self._next_snapshot or not self._all_is_well():
             return
         self._next_snapshot = self.step + CLOSEST
         if not self._snapshots.take(self.step):
             self._tell_shortage(guarded.agreement)
+            self._end_damage(optimizer, guarded)
             return
         if not self._has_told_memory:  # with the first one that holds the optimizer's state
             self._has_told_memory = True
             self._on_event("snapshots", {"bytes": self._snapshots.bytes_each, "limit": self._snapshots.limit}, None)
         self._next_snapshot = self.step + self._distance(guarded)
+
+    def _end_damage(self, optimizer: Optimizer, guarded: Guarded) -> None:
+        """Where a snapshot has found the state damaged, on any rank: go back to the one before."""
+        if self._snapshots is None:
+            return
+        found, agreement = self._snapshots.found_damage, guarded.agreement
+        if not (found if agreement is None else agreement.any(found)):
+            return
+        decision = guarded.judge.damaged(can_rewind=bool(self._snapshots.steps))
+        if decision.action == "rewind":
+            with torch.no_grad():
+                self._go_back(guarded, decision)
+        elif decision.action == "stop":
+            self._stop = _stopped(self.step, decision)
+        else:
+            # No snapshot can be taken of such a state, and the others are as old as the trouble or older.
+            self._guard, self._snapshots = replace(self._guard, rewind=False), None
+            self._tell(optimizer, decision, math.nan)
 
     def _all_is_well(self) -> bool:
         return all(guarded.judge.in_a_row == 0 for guarded in self._guarded.values())

@@ -23,7 +23,8 @@ _Samples = dict[str, Tensor]
 
 def predicted_update(optimizer: Optimizer) -> Tensor | None:
     """L2 norm [] of the update that `step` would make now, decoupled weight decay left out; None for optimizers whose
-    formula is not known here (SGD, Adam, AdamW, NAdam, RMSprop and Adagrad are) and where there is no state yet.
+    formula is not known here (SGD, Adam, AdamW, NAdam, RMSprop and Adagrad are) and where there is no state yet. NaN
+    where state that was looked at is not finite: an infinite second moment makes an update of 0, for ever.
 
     What the optimizer keeps on the device stays there: nothing waits for it.
     """
@@ -49,6 +50,8 @@ def _squared(optimizer: Optimizer, group: dict[str, Any]) -> Tensor | None:
     if group.get("weight_decay") and not _is_decoupled(optimizer, group):
         gradient = gradient + float(group["weight_decay"]) * _sampled([p.detach() for p in held])
     way = update(gradient, some, group, states[0]) * group["lr"]
+    for values in some.values():
+        way = way + 0 * values
     return _whole_square(way, held)
 
 

@@ -65,6 +65,7 @@ class Snapshots:
         self._limits: Sizes | None = None
         self._held: deque[_Snapshot] = deque()
         self._problem = ""
+        self.found_damage = False  # whether the last one was refused because the state was not finite
         self._host_seconds = 0.0
         self._marks: tuple[Any, Any] | None = None
 
@@ -131,7 +132,10 @@ class Snapshots:
             self._limits = self._limits_of(sizes)
             room = self._room(sizes)
             self._problem = self._program.objection()
-            if self._problem or not room or not survey.inventory.is_finite():
+            if self._problem or not room:
+                return None
+            self.found_damage = not survey.inventory.is_finite()
+            if self.found_damage:
                 return None
             fresh = [torch.empty_like(t) for t in survey.inventory.tensors] if len(self._held) < room else None
             return _Prepared(survey=survey, sizes=sizes, room=room, fresh=fresh)
