@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from isograd._replay import Grade
+from isograd._capsule import Capsule
+from isograd._replay import Grade, Replay
 from isograd._tree import TreeError, number_of
 
 TOLERANCE = 1e-3
@@ -83,6 +84,29 @@ def judge(facts: Mapping[str, Any], first: Taken, second: Taken | None, hints: I
     if noise > tolerance(facts):
         why.insert(1, f"The step itself varies by {noise:.2g} from one replay to the next.")
     return Judgment(grade="not-reproducible", why=" ".join(why), difference=worst, noise=noise)
+
+
+def graded(
+    capsule: Capsule, first: Taken, second: Taken | None, hints: Iterable[str], *, seconds: float, **explained: Any
+) -> Replay:
+    """The value that users get of a replayed step; `explained` are the fields of `Replay` that no grade depends on."""
+    judgment = judge(capsule.facts, first, second, hints)
+    captured = loss_of(capsule.facts)
+    return Replay(
+        step=capsule.step,
+        subject=capsule.subject,
+        grade=judgment.grade,
+        why=judgment.why,
+        loss=first.loss(captured),
+        captured_loss=captured,
+        grad_norms=dict(first.grad_norms),
+        difference=judgment.difference,
+        noise=judgment.noise,
+        update_norm=first.update_norm,
+        finite_after=first.finite_after,
+        seconds=seconds,
+        **explained,
+    )
 
 
 def tolerance(facts: Mapping[str, Any]) -> float:

@@ -94,12 +94,7 @@ def launch(
     uncaught exception (whose traceback is printed as Python does), 130 after Ctrl-C. Raises ScriptError if there is no
     such script or it does not compile.
     """
-    program = None
-    if module:
-        sys.path[0] = os.getcwd()
-        _check_module(args[0])
-    else:
-        program = _load_script(args[0])
+    program = _found(args[0], module)
     process = os.getpid()
     plan = _Plan(
         script=args[0] if module else Path(args[0]).name,
@@ -138,12 +133,7 @@ def run_attached(args: Sequence[str], attach: Callable[[], None], *, module: boo
 
     Raises ScriptError if there is no such script or it does not compile.
     """
-    program = None
-    if module:
-        sys.path[0] = os.getcwd()
-        _check_module(args[0])
-    else:
-        program = _load_script(args[0])
+    program = _found(args[0], module)
     if "torch" in sys.modules:
         attach()
     else:
@@ -338,6 +328,15 @@ def check_script(name: str, *, module: bool) -> None:
         _check_module(name)
     else:
         _load_script(name)
+
+
+def _found(name: str, module: bool) -> types.CodeType | None:
+    """The script to run, as `_load_script` has it. A module is only looked for, where Python looks for it first."""
+    if not module:
+        return _load_script(name)
+    sys.path[0] = os.getcwd()
+    _check_module(name)
+    return None
 
 
 def _load_script(name: str) -> types.CodeType | None:

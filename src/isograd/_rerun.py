@@ -22,7 +22,7 @@ from typing import Any
 from isograd._capsule import Capsule
 from isograd._changes import Change
 from isograd._errors import CannotReplay, IsogradError
-from isograd._grade import Taken, judge, loss_of
+from isograd._grade import Taken, graded
 from isograd._replay import Replay, operation_of, shares_of
 from isograd._trial import Program, _context, _kill, _last_words
 
@@ -68,25 +68,15 @@ def replay_script(
 
 
 def _joined(capsule: Capsule, looked: Mapping[str, Any], told: Sequence[Mapping[str, Any]], seconds: float) -> Replay:
-    first, second = (_taken(told[0]), _taken(told[1]) if len(told) > 1 else None)
-    judgment = judge(capsule.facts, first, second, told[0]["hints"])
-    captured = loss_of(capsule.facts)
-    return Replay(
-        step=capsule.step,
-        subject=capsule.subject,
-        grade=judgment.grade,
-        why=judgment.why,
-        loss=first.loss(captured),
-        captured_loss=captured,
-        grad_norms=dict(first.grad_norms),
-        difference=judgment.difference,
-        noise=judgment.noise,
+    return graded(
+        capsule,
+        _taken(told[0]),
+        _taken(told[1]) if len(told) > 1 else None,
+        told[0]["hints"],
         first_bad=operation_of(looked["first_bad"]),
         layers=shares_of(told[0]["layers"]),
         rows=shares_of(told[0]["rows"]),
         notes=tuple(looked["notes"]),
-        update_norm=first.update_norm,
-        finite_after=first.finite_after,
         seconds=seconds,
     )
 

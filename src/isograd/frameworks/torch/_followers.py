@@ -6,7 +6,6 @@ told from the others by its optimizer having stepped more than once since it was
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from isograd.frameworks.torch import _taps as taps
 from isograd.frameworks.torch._effects import parameters_of
 
 
@@ -60,16 +60,7 @@ class Followers:
             self._undo.pop()()
 
     def _replace(self, owner: Any, name: str, tap: Callable[[Any], Any]) -> None:
-        original = getattr(owner, name)
-        replacement = functools.wraps(original)(tap(original))
-        setattr(owner, name, replacement)
-
-        def restore() -> None:
-            # Someone who wrapped our replacement meanwhile keeps it: it holds nothing back any more.
-            if getattr(owner, name) is replacement:
-                setattr(owner, name, original)
-
-        self._undo.append(restore)
+        self._undo.append(taps.replace(owner, name, tap))
 
     def _tap_scheduler(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:

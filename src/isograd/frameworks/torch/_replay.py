@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isograd._capsule import Capsule, open_capsule
-from isograd._grade import Judgment, Taken, judge, loss_of
+from isograd._grade import Taken, graded
 from isograd._replay import Replay
 from isograd.frameworks.torch import _taps as taps
 from isograd.frameworks.torch._capture import versions
@@ -55,8 +55,17 @@ def replay(
     with step.kept(), taps.silenced(), settings_of(capsule.facts):
         first, second = step.take(step_fn), step.take(step_fn)
         told = step.explain(step_fn, first)
-    judgment = judge(capsule.facts, first, second, hints(capsule.facts))
-    return told.replay(capsule, judgment, first, seconds=time.perf_counter() - began)
+    return graded(
+        capsule,
+        first,
+        second,
+        hints(capsule.facts),
+        first_bad=told.first_bad,
+        layers=told.layers,
+        rows=told.rows,
+        notes=tuple(told.notes),
+        seconds=time.perf_counter() - began,
+    )
 
 
 @dataclass(kw_only=True)
@@ -67,28 +76,6 @@ class Explanation:
     layers: tuple[Any, ...] = ()
     rows: tuple[Any, ...] = ()
     notes: list[str] = field(default_factory=list)
-
-    def replay(self, capsule: Capsule, judgment: Judgment, taken: Taken, *, seconds: float) -> Replay:
-        """All of it as the value that users get."""
-        captured = loss_of(capsule.facts)
-        return Replay(
-            step=capsule.step,
-            subject=capsule.subject,
-            grade=judgment.grade,
-            why=judgment.why,
-            loss=taken.loss(captured),
-            captured_loss=captured,
-            grad_norms=dict(taken.grad_norms),
-            difference=judgment.difference,
-            noise=judgment.noise,
-            first_bad=self.first_bad,
-            layers=self.layers,
-            rows=self.rows,
-            notes=tuple(self.notes),
-            update_norm=taken.update_norm,
-            finite_after=taken.finite_after,
-            seconds=seconds,
-        )
 
 
 def explained(taken: Taken, microscope: Microscope | None, bad: Any, facts: Mapping[str, Any]) -> Explanation:

@@ -85,16 +85,23 @@ def _install() -> None:
 
 
 def _replace(owner: Any, name: str, tap: Callable[[Any], Any]) -> None:
+    _undo.append(replace(owner, name, tap))
+
+
+def replace(owner: Any, name: str, tap: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put `tap(original)` in the place of what `owner` has under `name`; called, the answer puts the original back.
+
+    Someone who wrapped the replacement meanwhile keeps it: a tap that nobody listens to calls the original.
+    """
     original = getattr(owner, name)
     replacement = functools.wraps(original)(tap(original))
     setattr(owner, name, replacement)
 
     def restore() -> None:
-        # Someone who wrapped our replacement meanwhile keeps working: the replacement tells nobody any more.
         if getattr(owner, name) is replacement:
             setattr(owner, name, original)
 
-    _undo.append(restore)
+    return restore
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
