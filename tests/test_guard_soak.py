@@ -90,6 +90,8 @@ def look_at(path):
     """How much of a run that was killed is there."""
     seen = collections.Counter()
     for history in isograd.open_run(path).histories:
+        if "loss" not in history.series:
+            continue  # killed before its first readings were written
         losses = history.series["loss"].values
         assert np.isnan(losses).sum() <= 1 + len(losses) / 30
         bad = {event.step for event in history.events if event.kind in ("bad-step-skipped", "rewound")}

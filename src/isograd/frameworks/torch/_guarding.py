@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import FrameType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
@@ -29,19 +27,9 @@ from isograd.frameworks.torch._flight import FlightRecorder
 from isograd.frameworks.torch._followers import Followers
 from isograd.frameworks.torch._guarded import Guarded, Roots, named
 from isograd.frameworks.torch._parameters import ParameterReading
-from isograd.frameworks.torch._snapshot import Snapshots
+from isograd.frameworks.torch._rewinding import Rewinding, Tell
 from isograd.frameworks.torch._step_changes import Skipping
-from isograd.frameworks.torch._step_reading import Agreement, read_step
-from isograd.frameworks.torch._training_state import TrainingState
-
-SNAPSHOT_SHARE = 0.005
-"""Share of the time that snapshots may take: half of the watcher's own budget of 1 %."""
-
-CLOSEST = 16
-"""Steps between snapshots at least: closer ones would all hold the same trouble."""
-
-Tell = Callable[[str, dict[str, Any], tuple[str, int] | None], None]
-"""(kind of event, its data, subject and step that it is about)."""
+from isograd.frameworks.torch._step_reading import read_step
 
 
 class _Early:
@@ -117,7 +105,7 @@ class Guarding:
         waits: Literal["always", "never", "cpu"] = "cpu",
     ) -> None:
         self._guard, self._shield, self._waits = guard, shield, waits
-        self._models, self._only, self._others = tuple(models), [weakref.ref(one) for one in only], tuple(others)
+        self._models, self._only = tuple(models), [weakref.ref(one) for one in only]
         self._on_event, self._on_warning = on_event, on_warning
         self._reading_of, self._place_of, self._lower = reading_of, place_of, lower
         self._clips, self._flight, self._later = clips, flight, later
@@ -127,9 +115,7 @@ class Guarding:
         self._leaves_out = guard.skip or guard.rewind or guard.stop
         self._roots_at_first, self._roots = Roots(), Roots()  # between the two a model may have been wrapped
         self._skipping, self._buffers, self._followers = Skipping(lambda _: None), Buffers(), Followers()
-        self._snapshots: Snapshots | None = None
-        self._next_snapshot, self._began = 0, 0
-        self._has_told_memory = False
+        self._rewinding = Rewinding(guard, self._guarded, others, on_event=on_event, on_warning=on_warning)
         self._early = _Early(lambda optimizer: shield.call(self._overflowed, optimizer))
         self._losses: list[Tensor] = []
         self._is_over = False
@@ -139,7 +125,6 @@ class Guarding:
         self._stop: BadStep | None = None
         self._place = "model", 0
         self._pending_state: Mapping[str, Any] | None = None
-        self._marks: list[float] = []
         self.step = 0
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -257,7 +242,7 @@ class Guarding:
         """
         if self._waits == "always" or self._scaler is not None or guarded.agreement is not None:
             return False
-        if (self._guard.rewind and self._snapshots is None) or not can_gate(optimizer):
+        if self._rewinding.needs_beginning or not can_gate(optimizer):
             return False
         return self._waits == "never" or not all(p.is_cpu for p in parameters_of(optimizer))
 
@@ -282,15 +267,15 @@ class Guarding:
         if self._is_overflow(reading, guarded):
             self._end_overflow(optimizer, guarded)  # a fused step leaves it out inside its kernel
             return
-        if self._guard.rewind and self._snapshots is None:
+        if self._rewinding.needs_beginning:
             if not reading.is_finite:
                 self._put_buffers_back(guarded)  # the step will not be taken, and what its batch left there is no state
-            self._begin_snapshots(optimizer)
+            self._rewinding.begin(guarded, self.step)
         decision = guarded.judge.judge(
             reading,
             self.step,
             state_is_bad=lambda: guarded.state_is_bad(optimizer),
-            can_rewind=self._snapshots is not None and bool(self._snapshots.steps),
+            can_rewind=self._rewinding.can_go_back,
         )
         self._decided = optimizer, decision
         if decision.is_bad:
@@ -304,7 +289,7 @@ class Guarding:
         guarded = self._guarded.get(optimizer)
         if guarded is None:
             guarded = self._guarded[optimizer] = Guarded(optimizer, self._guard, self._roots.of(optimizer))
-            self._snapshots = None  # what they hold is not all of the program any more
+            self._rewinding.forget()
             self._take_up(guarded)
         return guarded
 
@@ -444,7 +429,7 @@ class Guarding:
             left_out = decision.action == "skip"
             if decision.action == "rewind":
                 # A snapshot is of the end of a step, and what follows that step goes on from there; but for the first.
-                left_out = self._go_back(guarded, decision) in (None, self._began)
+                left_out = self._go_back(guarded, decision) in (None, self._rewinding.began)
             elif not decision.is_bad and self._leaves_out:
                 self._keep_seen(guarded)
         self._end_step(optimizer, left_out=left_out)
@@ -468,7 +453,7 @@ class Guarding:
             step,
             bounds=bounds,
             state_is_bad=lambda: guarded.state_is_bad(optimizer),
-            can_rewind=self._snapshots is not None and bool(self._snapshots.steps),
+            can_rewind=self._rewinding.can_go_back,
         )
         guarded.gate.is_open = decision.action == "give-up"
         if not decision.is_bad:
@@ -490,89 +475,27 @@ class Guarding:
         self._is_over = True
         self.step += 1
 
-    # ---- snapshots --------------------------------------------------------------------------------------------------
-
-    def _begin_snapshots(self, optimizer: Optimizer) -> None:
-        """Before the first step: what there is to go back to if it all goes wrong at once."""
-        # Not whatever else is alive: a model that the program has done with must not stand in the way.
-        optimizers = [one for one, guarded in self._guarded.items() if not guarded.refusal]
-        roots = list({id(root): root for one in self._guarded.values() for root in one.roots}.values())
-        agreement = self._guarded[optimizer].agreement
-        smallest = agreement.smallest if agreement is not None else int
-        self._began = self.step
-        state = TrainingState(roots, optimizers, self._others)
-        self._snapshots = Snapshots(state, memory=self._guard.memory, smallest=smallest)
-        self._next_snapshot = self.step + CLOSEST
-        if not self._snapshots.take(self.step):
-            self._tell_shortage(agreement)
-
-    def _tell_shortage(self, agreement: Agreement | None) -> None:
-        """Where there is a reason why no snapshot can be taken, on any rank: give up rewinding, and what there was
-        to go back to: it is from before the state has grown so large, and would be the run's beginning.
-        """
-        assert self._snapshots is not None
-        why = self._snapshots.refusal
-        if agreement is not None and agreement.any(bool(why)):
-            why = why or "Another rank can take no snapshot."
-        if why:
-            self._guard, self._snapshots = replace(self._guard, rewind=False), None
-            self._on_warning(f"the guard cannot rewind: {why}")
-            self._on_event("guard-refused", {"why": why}, None)
+    # ---- going back -------------------------------------------------------------------------------------------------
 
     def _take_snapshot(self, optimizer: Optimizer, guarded: Guarded) -> None:
-        self._marks = [*self._marks[-CLOSEST:], time.perf_counter()]
-        if self._snapshots is None or self.step < self._next_snapshot or not self._all_is_well():
+        decision = self._rewinding.end_step(guarded, self.step)
+        if decision is None:
             return
-        self._next_snapshot = self.step + CLOSEST
-        if not self._snapshots.take(self.step):
-            self._tell_shortage(guarded.agreement)
-            self._end_damage(optimizer, guarded)
-            return
-        if not self._has_told_memory:  # with the first one that holds the optimizer's state
-            self._has_told_memory = True
-            self._on_event("snapshots", {"bytes": self._snapshots.bytes_each, "limit": self._snapshots.limit}, None)
-        self._next_snapshot = self.step + self._distance(guarded)
-
-    def _end_damage(self, optimizer: Optimizer, guarded: Guarded) -> None:
-        """Where a snapshot has found the state damaged, on any rank: go back to the one before."""
-        if self._snapshots is None:
-            return
-        found, agreement = self._snapshots.found_damage, guarded.agreement
-        if not (found if agreement is None else agreement.any(found)):
-            return
-        decision = guarded.judge.damaged(can_rewind=bool(self._snapshots.steps))
         if decision.action == "rewind":
             with torch.no_grad():
                 self._go_back(guarded, decision)
         elif decision.action == "stop":
             self._stop = _stopped(self.step, decision)
         else:
-            # No snapshot can be taken of such a state, and the others are as old as the trouble or older.
-            self._guard, self._snapshots = replace(self._guard, rewind=False), None
+            self._rewinding.end()
             self._tell(optimizer, decision, math.nan)
-
-    def _all_is_well(self) -> bool:
-        return all(guarded.judge.in_a_row == 0 for guarded in self._guarded.values())
-
-    def _distance(self, guarded: Guarded) -> int:
-        """Steps to the next snapshot, so that they take `SNAPSHOT_SHARE` of the time; on all ranks the same."""
-        assert self._snapshots is not None
-        steps = len(self._marks) - 1
-        each = (self._marks[-1] - self._marks[0]) / steps if steps else 0.0
-        distance = self._snapshots.seconds / (SNAPSHOT_SHARE * each) if each else float(CLOSEST)
-        if guarded.agreement is not None:
-            distance = float(guarded.agreement.sums([distance])[0]) / guarded.agreement.size
-        return max(CLOSEST, math.ceil(distance))
 
     def _go_back(self, guarded: Guarded, decision: Decision) -> int | None:
         """The step of the snapshot that is now the program's state; None where none fits."""
-        assert self._snapshots is not None
-        oldest = min(self._snapshots.steps, default=0)
-        taken = self._snapshots.go_back(max(decision.before, oldest))
+        taken = self._rewinding.go_back(guarded, decision)
         if taken is None:
             self._on_warning("the guard could not rewind: no snapshot fits the program any more")
             return None
-        guarded.judge.went_back(taken)
         for one in self._guarded.values():
             for root in one.roots:
                 self._buffers.keep(root)
