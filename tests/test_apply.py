@@ -10,7 +10,7 @@ import pytest
 
 from isograd import open_run
 from isograd._history import Event, History
-from isograd._report import _interventions
+from isograd._wording import interventions
 from isograd.remedies import REMEDIES
 
 SCRIPT = """
@@ -152,7 +152,7 @@ def test_every_automatic_remedy_acts_on_an_unchanged_script_or_says_why_not(ende
 
 
 def told_of(*events):
-    return [line.strip() for line in _interventions(History(events=tuple(events)))]
+    return [line.strip() for line in interventions(History(events=tuple(events)))]
 
 
 def test_a_change_of_several_optimizers_is_told_once():

@@ -5,10 +5,11 @@ It decides nothing: every number here stands in a `Diagnosis`, a `History` or a 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -16,17 +17,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from isograd._chart import Sparkline, depth_profile, number
+from isograd._capsule import Capsule
+from isograd._chart import Sparkline, depth_profile
 from isograd._diagnose import Cause, Diagnosis
-from isograd._history import Event, History
+from isograd._history import History
 from isograd._remedy import Treatment
-from isograd._rule import LEVELS, Evidence, Finding
 from isograd._runs import RunSummary
-from isograd._schedule import ALLOWANCE
 from isograd._terminal import is_plain, said
-from isograd.rules import RULES
+from isograd._wording import happenings, headline, listed, measured, percent, stage_of, steps_of
 
-_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
+_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan", "healthy": "bold green"}
 _IN_FULL = 3  # causes told in full before the rest is a line each: what ten seconds allow
 _DEPTH = frozenset({"vanishing-gradients", "exploding-gradients"})
 
@@ -59,6 +59,18 @@ def _consent(treatment: Treatment) -> str:
     return {"automatic": "", "opt-in": "   (opt-in)", "advice": "   (advice)"}[treatment.applicability]
 
 
+def captured(capsules: Sequence[Capsule], command: Sequence[str]) -> str:
+    """How many bad steps can be looked at again, and the command for the first. `command`: the script's own line.
+
+    Plain text: a command that is broken over lines cannot be copied.
+    """
+    path = capsules[0].path
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    said = "1 bad step was captured" if len(capsules) == 1 else f"{len(capsules)} bad steps were captured"
+    return f"{said}. To see the first again:\n  isograd replay {shlex.join([str(path), *map(str, command)])}\n"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The parts of a verdict in their order; see `verdict`."""
@@ -73,7 +85,7 @@ class Verdict:
         yield from self._facts(plain)
         for history in self.histories if self.diagnosis.preflight is None else ():
             yield from self._loss(history, plain)
-            yield from (Padding(said(line.strip(), plain=plain), (0, 0, 0, 2)) for line in _happenings(history))
+            yield from (Padding(said(line.strip(), plain=plain), (0, 0, 0, 2)) for line in happenings(history))
         # The picture stands above the words: on a small terminal the causes and the next commands stay in sight.
         yield from self._profiles()
         told = [cause for cause in self.diagnosis.causes if self.verbose or cause.finding.level != "info"]
@@ -87,38 +99,13 @@ class Verdict:
         yield from (said(note, plain=plain) for note in notes)
 
     def _headline(self) -> Text:
-        seen = f"{self.diagnosis.steps} steps of {_listed(self.diagnosis.subjects, 4)}"
-        if self.diagnosis.preflight is not None:
-            seen = "a model before its first step"
-        overhead = self._overhead()
-        if self.diagnosis.healthy:
-            looked = len(RULES) - len({u.rule for u in self.diagnosis.unmeasured})
-            found = f"{looked} rules looked at {seen} and found no fault."
-            return Text.assemble("isograd: ", ("healthy", "bold green"), f". {found}{overhead}")
-        causes = [cause.finding for cause in self.diagnosis.causes if cause.finding.level != "info"]
-        kind = "First cause" if _stage(causes[0].name) != "symptom" else "Seen first"
-        counted = f"{len(causes)} {'finding' if len(causes) == 1 else 'findings'} in {seen}. {kind}: "
-        style = _STYLES[max((finding.level for finding in causes), key=LEVELS.index)]
-        return Text.assemble(
-            "isograd: ", ("not healthy", style), f", {counted}", (causes[0].name, style), f".{overhead}"
-        )
+        parts = [(words, _STYLES.get(stands_for, "")) for words, stands_for in headline(self.diagnosis, self.histories)]
+        return Text.assemble("isograd: ", *parts)
 
     def _facts(self, plain: bool) -> Iterator[RenderableType]:
         if self.diagnosis.preflight is not None:
             for sentence in self.diagnosis.preflight.sentences():
                 yield Padding(said(sentence, plain=plain), (0, 0, 0, 2))
-
-    def _overhead(self) -> str:
-        share = self.diagnosis.overhead
-        if share is None:
-            return ""
-        spent = [np.nansum(h["watch_seconds"].values) for h in self.histories if "watch_seconds" in h]
-        seconds = float(sum(spent))
-        # Of a short run the share says little: what it may cost once is an allowance in seconds.
-        if spent and share > 0.01 and seconds <= ALLOWANCE:
-            free = f"the first {ALLOWANCE:.0f} s are free"
-            return f" Watch overhead {max(seconds, 0.1):.1f} s ({_percent(share)}; {free})."
-        return f" Watch overhead {_percent(share)}."
 
     def _loss(self, history: History, plain: bool) -> Iterator[Text]:
         if "loss" not in history:
@@ -135,13 +122,13 @@ class Verdict:
         finding = cause.finding
         # Two subjects can have layers of the same name.
         subject = f"   {finding.subject}" if len(self.diagnosis.subjects) > 1 else ""
-        where = subject + (f"   in {_listed(finding.layers, 1)}" if finding.layers else "")
+        where = subject + (f"   in {listed(finding.layers, 1)}" if finding.layers else "")
         yield Text.assemble(
             "  ",
             (finding.name, "bold"),
             "   ",
             (finding.level, _STYLES[finding.level]),
-            f"   {_steps(finding)}{where}",
+            f"   {steps_of(finding)}{where}",
         )
         yield Padding(Group(*(said(line, plain=plain) for line in self._lines(cause))), (0, 0, 0, 4))
 
@@ -149,14 +136,14 @@ class Verdict:
         finding = cause.finding
         yield finding.message
         if self.verbose or "limit" not in finding.message:
-            yield from (_measured(evidence) for evidence in finding.evidence[: None if self.verbose else 1])
+            yield from (measured(evidence) for evidence in finding.evidence[: None if self.verbose else 1])
         if cause.symptoms:
             yield f"Explains: {', '.join(f'{s.name} (step {s.first_step})' for s in cause.symptoms)}."
-        elif _stage(finding.name) == "symptom":
+        elif stage_of(finding.name) == "symptom":
             yield "No rule names a cause for this symptom."
         if self.verbose:
             yield from [f"Layers: {', '.join(finding.layers)}."] if len(finding.layers) > 1 else []
-            yield f"Confidence: {_percent(finding.confidence)}."
+            yield f"Confidence: {percent(finding.confidence)}."
         if cause.remedies:
             yield f"Remedies: {', '.join(cause.remedies)}."
         yield f"Next: isograd explain {finding.name}"
@@ -174,11 +161,11 @@ class Verdict:
         notes = tuple(dict.fromkeys(c.finding.name for c in self.diagnosis.causes if c.finding.level == "info"))
         blind = tuple(dict.fromkeys(unmeasured.rule for unmeasured in self.diagnosis.unmeasured))
         if causes:
-            yield f"Then: {', '.join(f'{c.finding.name} ({c.finding.level}, {_steps(c.finding)})' for c in causes)}."
+            yield f"Then: {', '.join(f'{c.finding.name} ({c.finding.level}, {steps_of(c.finding)})' for c in causes)}."
         if notes:
-            yield f"Worth knowing, no alarm: {_listed(notes, 5)}."
+            yield f"Worth knowing, no alarm: {listed(notes, 5)}."
         if blind:
-            yield f"Could not look: {_listed(blind, 3)}."
+            yield f"Could not look: {listed(blind, 3)}."
         if self.diagnosis.run and (causes or notes or blind):
             yield f"All of it: isograd diagnose {self.diagnosis.run} -v"
 
@@ -187,107 +174,6 @@ class Verdict:
         for missing, why in dict.fromkeys((u.missing, u.why) for u in missed):
             rules = dict.fromkeys(u.rule for u in missed if (u.missing, u.why) == (missing, why))
             yield f"Not measured: {missing}, {why.rstrip('.')}. Could not look: {', '.join(rules)}."
-
-
-def _happenings(history: History) -> Iterator[str]:
-    """What was changed while the program ran, and what ended the run or the watching early, in words."""
-    yield from _interventions(history)
-    for event in history.events_of("exception"):
-        yield f"  The script raised {event.data.get('type', 'an exception')} at step {event.step}."
-    for event in history.events_of("interrupted"):
-        yield f"  The run was interrupted at step {event.step}."
-    for event in history.events_of("watch-detached"):
-        yield f"  Watching stopped at step {event.step}: {event.data.get('message', 'isograd failed')}"
-
-
-def _interventions(history: History) -> Iterator[str]:
-    """Changes applied, refused and undone, each once; a change of several optimizers is one, from the first on."""
-    told: set[str] = set()
-    for event in history.events:
-        line = _intervention(event)
-        if line is not None and line[1] not in told:
-            told.add(line[1])
-            yield "  " + " ".join(line)
-        if event.kind == "treatment-undone":
-            told.clear()  # it may be applied once more
-    for kind, done in _AT_BAD_STEPS.items():
-        events = history.events_of(kind)
-        if events:
-            steps = f"step {events[0].step}" if len(events) == 1 else f"{len(events)} steps, the first {events[0].step}"
-            why = events[0].data.get("why", "gradients hold NaN or Inf")
-            yield f"  {done}: {steps}: {why}."
-    for event in history.events_of("rewound"):
-        yield f"  Rewound at step {event.step}, by {event.data.get('steps', 'some')} steps."
-    for event in history.events_of("guard-refused"):
-        yield f"  Not guarded: {event.data.get('why', '')}."
-
-
-_AT_BAD_STEPS = {
-    "bad-step-skipped": "Skipped",
-    "bad-step-clipped": "Clipped",
-    "bad-step": "Bad and taken",
-    "bad-step-stopped": "Stopped",
-    "guard-gave-up": "The guard let pass",
-    "guard-relearned": "The guard learned its ranges anew",
-}
-"""What was done at bad steps, by kind of event."""
-
-
-def _intervention(event: Event) -> tuple[str, str] | None:
-    """(when, what) of a change applied, refused or undone; None for any other event."""
-    match event.kind:
-        case "treatment-applied":
-            detail = f", {event.data['detail']}" if event.data.get("detail") else ""
-            return f"Applied from step {event.step} on:", f"{_change(event.data.get('change', {}))}{detail}."
-        case "treatment-refused":
-            return f"Not applied (step {event.step}):", str(event.data.get("why", ""))
-        case "treatment-undone":
-            left = " ".join(map(str, event.data.get("left", ()))) or "Nothing of it stays."
-            return f"Undone at step {event.step}.", left
-    return None
-
-
-def _change(change: Mapping[str, Any]) -> str:
-    """`ClipGradients` with its fields is `clip gradients (method norm, limit 1)`."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(change.get("change", "a change"))).lower()
-    given = [f"{k} {_field(v)}" for k, v in change.items() if k != "change" and v not in (None, "", (), [])]
-    return f"{words} ({', '.join(given)})" if given else words
-
-
-def _field(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return _listed([" ".join(map(_field, v)) if isinstance(v, (list, tuple)) else _field(v) for v in value], 3)
-    return str(value)
-
-
-def _measured(evidence: Evidence) -> str:
-    where = f" in {evidence.layer}" if evidence.layer else ""
-    observed, limit = number(evidence.observed), number(evidence.limit)
-    return f"{evidence.statistic} {observed} at step {evidence.step}{where}, limit {limit}."
-
-
-def _steps(finding: Finding) -> str:
-    first, last = finding.first_step, finding.last_step
-    return f"step {first}" if first == last else f"steps {first}-{last}"
-
-
-def _listed(names: Sequence[str], most: int) -> str:
-    """`a, b and 3 more`."""
-    shown, more = ", ".join(names[:most]), len(names) - most
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _percent(share: float) -> str:
-    """`0.6 %`; what is below a tenth of a percent is said to be so."""
-    percent = 100 * share
-    return "below 0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
-
-
-def _stage(name: str) -> str:
-    rule = RULES.get(name)
-    return rule.stage if rule else ""
 
 
 # ---- the list of runs -------------------------------------------------------------------------------------------
