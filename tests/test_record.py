@@ -966,6 +966,15 @@ def test_no_damage_escapes(whole, folder, edits):
     assert 1 == len(list_runs(path.parent))
 
 
+@pytest.mark.parametrize("name", ["tier", "key"])
+def test_a_column_that_damage_has_renamed(whole, folder, name):
+    """One wrong letter in the file's own description of its tables is one sentence."""
+    path = folder(whole.replace(f"{name} ".encode(), f"{name[:-1]}_ ".encode(), 1))
+    with pytest.raises(RunUnreadable, match="cannot be read") as raised:
+        read_run(path)
+    assert "\n" not in str(raised.value)
+
+
 END = {
     "closed": "file.close()",
     "without-its-journal": """

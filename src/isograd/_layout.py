@@ -8,6 +8,7 @@ nearly always all zero.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,11 +95,115 @@ def decode(rows: Rows, layouts: Mapping[int, Layout]) -> dict[tuple[int, str, Fo
         members = np.flatnonzero((rows.stream == stream) & (rows.layout == number)).tolist()
         members = [i for i in members if len(rows.readings[i]) == dtype.itemsize]
         records = np.ndarray((len(members),), dtype, b"".join([rows.readings[i] for i in members]))
-        indices = _integers(members)
-        for i, entry in enumerate(layouts[number]):
-            values = np.broadcast_to(records[str(i)], (len(members), entry.length))
-            found.setdefault((stream, entry.statistic, entry.fold), []).append((indices, values))
+        _take_apart(stream, layouts[number], _integers(members), records, found)
     return found
+
+
+def _take_apart(
+    stream: int,
+    layout: Layout,
+    indices: Integers,
+    records: NDArray[Any],
+    found: dict[tuple[int, str, Fold], Pieces],
+) -> None:
+    for i, entry in enumerate(layout):
+        values = np.broadcast_to(records[str(i)], (len(indices), entry.length))
+        found.setdefault((stream, entry.statistic, entry.fold), []).append((indices, values))
+
+
+_HEAP = 8_000_000  # bytes of one array of rows at most: what a reader may allocate in vain
+
+
+class Heap:
+    """Rows as they are read from a long file: their bytes go into a few large arrays, and no row stays by itself.
+
+    `decode` of the same rows finds the same, in other pieces; of a file of gigabytes it takes a third of the memory.
+    """
+
+    def __init__(self, layouts: Mapping[int, Layout]) -> None:
+        self._layouts = layouts
+        self._dtypes = {number: _record_dtype(layout) for number, layout in layouts.items()}
+        self._faults = {number: tuple(filter(_is_fault, layout)) for number, layout in layouts.items()}
+        self._facts: list[tuple[int, int, int, int, int]] = []
+        self._piles: dict[tuple[int, int, bool], list[_Pile]] = {}
+        self._narrow: dict[tuple[int, str, Fold], Pieces] = {}
+        self._odd = Counter[int]()
+
+    def add(
+        self, rowid: int, stream: int, first: int, step: int, layout: int, readings: bytes, *, whole: bool = True
+    ) -> None:
+        """Take in one row; where it is not `whole`, only what is one number (of a step, or the same everywhere) and
+        what counts NaN and Inf. Up to `_ODD` rows of a stream that count any are whole all the same.
+        """
+        index = len(self._facts)
+        self._facts.append((rowid, stream, first, step, layout))
+        dtype = self._dtypes.get(layout)
+        if dtype is None or len(readings) != dtype.itemsize:
+            return
+        if not whole and self._odd[stream] < _ODD and _counts_any(self._faults[layout], readings):
+            self._odd[stream] += 1
+            whole = True
+        piles = self._piles.setdefault((stream, layout, whole), [])
+        if not piles or len(piles[-1].members) == len(piles[-1].bytes):
+            if piles and not whole:
+                self._skim(stream, layout, piles[-1])
+            else:
+                rows = 4 * len(piles[-1].bytes) if piles else 64
+                size = max(dtype.itemsize, 1)
+                piles.append(_Pile(np.empty((max(1, min(rows, _HEAP // size)), dtype.itemsize), np.uint8), []))
+        piles[-1].bytes[len(piles[-1].members)] = np.frombuffer(readings, np.uint8)
+        piles[-1].members.append(index)
+
+    def _skim(self, stream: int, layout: int, pile: _Pile) -> None:
+        """Take what is one number out of a pile, and empty it."""
+        records = np.ndarray((len(pile.members),), self._dtypes[layout], pile.bytes)
+        indices = _integers(pile.members)
+        for i, entry in enumerate(self._layouts[layout]):
+            if entry.constant or entry.length == 1 or (_is_fault(entry) and entry.fold in ("value", "maximum")):
+                values = np.broadcast_to(records[str(i)].copy(), (len(indices), entry.length))
+                self._narrow.setdefault((stream, entry.statistic, entry.fold), []).append((indices, values))
+        pile.members.clear()
+
+    def rows(self) -> Rows:
+        """The rows in the order in which they came, without their readings."""
+        return Rows.of([(*facts, b"") for facts in self._facts])
+
+    def found(self) -> dict[tuple[int, str, Fold], Pieces]:
+        """As `decode`."""
+        found: dict[tuple[int, str, Fold], Pieces] = {}
+        for stream, number, whole in sorted(self._piles):
+            for pile in self._piles[stream, number, whole]:
+                if whole:
+                    records = np.ndarray((len(pile.members),), self._dtypes[number], pile.bytes)
+                    _take_apart(stream, self._layouts[number], _integers(pile.members), records, found)
+                else:
+                    self._skim(stream, number, pile)
+        for key, pieces in self._narrow.items():
+            found.setdefault(key, []).extend(pieces)
+        return found
+
+
+_ODD = 200  # rows of a stream: a run that stays broken is no longer odd
+
+
+def _is_fault(entry: Field) -> bool:
+    return entry.statistic.endswith("_nonfinite")
+
+
+def _counts_any(faults: Sequence[Field], readings: bytes) -> bool:
+    """Whether a row counts NaN or Inf anywhere."""
+    for entry in faults:
+        values = np.frombuffer(readings, entry.dtype, 1 if entry.constant else entry.length, entry.offset)
+        if len(values) and (values[0] > 0 or (len(values) > 1 and (values > 0).any())):
+            return True
+    return False
+
+
+class _Pile(NamedTuple):
+    """The bytes of rows [rows, bytes of one], and the indices of those that are there."""
+
+    bytes: NDArray[np.uint8]
+    members: list[int]
 
 
 def joined(pieces: Pieces, width: int) -> tuple[Integers, Floats]:
@@ -107,7 +212,37 @@ def joined(pieces: Pieces, width: int) -> tuple[Integers, Floats]:
         return pieces[0][0], _padded(pieces[0][1], width)
     if not pieces:
         return _integers(()), np.empty((0, width))
-    return np.concatenate([p[0] for p in pieces]), np.concatenate([_padded(p[1], width) for p in pieces])
+    indices = np.concatenate([p[0] for p in pieces])
+    return indices, placed(pieces, width, np.arange(len(indices)), len(indices))
+
+
+def placed(pieces: Pieces, width: int, places: Integers, count: int) -> Floats:
+    """float64 [count, width]: each row of the pieces at its place, those below 0 left out; as few copies as can be."""
+    parts = [(values, where) for (_, values), where in zip(pieces, _divided(places, pieces), strict=True)]
+    if all(values.shape[1] == width and values.strides[1] == 0 for values, _ in parts):  # constant
+        column = np.empty((count, 1))
+        for values, where in parts:
+            column[where[where >= 0]] = values[where >= 0, :1]
+        return np.broadcast_to(column, (count, width))
+    wide = np.empty((count, width))
+    for values, where in parts:
+        known, kept = min(width, values.shape[1]), where >= 0
+        rows = values if kept.all() else values[kept]
+        at = _as_slice(where[kept])
+        wide[at, :known] = rows[:, :known]
+        wide[at, known:] = np.nan
+    return wide
+
+
+def _as_slice(places: Integers) -> slice | Integers:
+    """The same places; a slice where they follow on each other, which is written to twice as fast."""
+    if len(places) and np.array_equal(places, np.arange(places[0], places[0] + len(places))):
+        return slice(int(places[0]), int(places[0]) + len(places))
+    return places
+
+
+def _divided(places: Integers, pieces: Pieces) -> list[Integers]:
+    return np.split(places, np.cumsum([len(indices) for indices, _ in pieces])[:-1])
 
 
 def is_count(statistic: str) -> bool:

@@ -124,11 +124,11 @@ def _first(
     """The first row of `series` that counts something, and in it the first column in `order`."""
     if series is None or not len(order):
         return
-    counts = np.atleast_2d(series.values.T).T[:, order]
+    counts = np.atleast_2d(series.values.T).T
     for row in np.flatnonzero((counts > 0).any(axis=1)):
-        step = int(series.steps[row])
-        if step not in skipped:
-            column = int(np.argmax(counts[row] > 0))
+        step, counted = int(series.steps[row]), counts[row, order] > 0
+        if step not in skipped and counted.any():
+            column = int(np.argmax(counted))
             yield Place(
                 step=step,
                 kind=kind,

@@ -150,7 +150,8 @@ class RunFile:
     ) -> RunFile:
         """Make a folder in `root` that no other process shares, and start to write there.
 
-        `meta` holds JSON values; `schema`, `started`, `host`, `pid` and `state` ("running") are added where missing.
+        `meta` holds JSON values; `schema`, `isograd`, `python` (versions), `started`, `host`, `pid` and `state`
+        ("running") are added where missing.
         `in_memory`: make no folder. `kept`: rows of each tier that stay as they were written; older ones are merged.
         `largest`: bytes of the file beyond which the fullest tier is merged earlier, so that a week fits into 1 GB.
         """
@@ -160,7 +161,11 @@ class RunFile:
             file._make_folder(meta)
         now = datetime.now(timezone.utc).isoformat()
         pid = os.getpid()
-        facts = {"schema": SCHEMA, "started": now, "host": platform.node(), "pid": pid, "state": "running"}
+        version = sys.modules[
+            "isograd"
+        ].__version__  # importing the package by name would import all of it, for a linter
+        facts = {"schema": SCHEMA, "isograd": version, "python": platform.python_version(), "started": now}
+        facts |= {"host": platform.node(), "pid": pid, "state": "running"}
         file.set_meta(**{**facts, "pid_started": process_start(pid), **meta})
         file._start()
         return file

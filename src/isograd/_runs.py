@@ -32,17 +32,17 @@ import platform
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from isograd._errors import RunNotFound, RunUnreadable
 from isograd._history import Event, Floats, History, Integers, Layer, Parameter, Series
-from isograd._layout import Field, Fold, Layout, Pieces, Rows, decode, joined, shown_fold
-from isograd._statistics import STATISTICS
+from isograd._layout import Field, Fold, Heap, Layout, Pieces, placed, shown_fold
+from isograd._statistics import STATISTICS, Axis
 
 ROOT = Path("isograd-runs")
 """Where runs are kept unless told otherwise."""
@@ -68,6 +68,8 @@ CREATE TABLE rows (stream INTEGER, level INTEGER, first INTEGER, step INTEGER, l
 CREATE INDEX rows_by_step ON rows (stream, level, step);
 """
 
+_ENDS = 24  # rows at both ends that are always read in full: what is told is most often what was first
+
 SELECT_ROWS = "SELECT rowid, stream, first, step, layout, readings FROM rows"
 
 
@@ -77,19 +79,26 @@ class Run:
 
     `histories`: one per subject, layers in order of first use. In a span of merged steps a series has one reading, at
     the span's last step: the median, or the largest value of a `*_nonfinite` count, or the sum of `skipped`.
-    `damage`: what could not be read of a truncated file, in one sentence; empty when all is well.
+    `damage`: what could not be read of a truncated file, in one sentence; empty when all is well. `thinned`: of what
+    was read in layers and parameters, one row of so many is here; 1 is all.
     """
 
     path: Path
     id: str
     meta: dict[str, Any]
-    histories: tuple[History, ...]
+    histories: tuple[History, ...] = field(repr=False)
     damage: str = ""
+    thinned: int = 1
 
     @property
     def state(self) -> str:
         """As in `RunSummary`."""
         return _state(self.meta)
+
+    def _repr_html_(self) -> str:
+        from isograd._notebook import run_card  # how it shows itself is known above
+
+        return run_card(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +156,17 @@ def read_run(path: Path) -> Run:
 def read_connection(connection: sqlite3.Connection, folder: Path) -> Run:
     """The run that an open connection leads to, at one moment in time."""
     with _snapshot(connection):
-        tables = _Tables(connection)
-        histories = tuple(tables.history(subject, folder.name) for subject in tables.subjects())
+        return _run_of(_Tables(connection), folder)
+
+
+def _run_of(tables: _Tables, folder: Path) -> Run:
+    histories = tuple(tables.history(subject, folder.name) for subject in tables.subjects())
     damage = f"{folder / 'run.db'} is damaged ({tables.damage[0]})" if tables.damage else ""
     if damage and not any(history.series for history in histories):
         raise RunUnreadable(f"{damage}, and no step of it can be read")
-    return Run(path=folder, id=folder.name, meta=tables.meta, histories=histories, damage=damage)
+    return Run(
+        path=folder, id=folder.name, meta=tables.meta, histories=histories, damage=damage, thinned=tables.thinned
+    )
 
 
 def read_envelopes(path: Path) -> dict[str, dict[str, Envelope]]:
@@ -160,6 +174,20 @@ def read_envelopes(path: Path) -> dict[str, dict[str, Envelope]]:
     with _opened(_database(Path(path))) as connection, _snapshot(connection):
         tables = _Tables(connection)
         return {subject: tables.envelopes(subject) for subject in tables.subjects()}
+
+
+def read_all(path: Path, *, most: int | None = None) -> tuple[Run, dict[str, dict[str, Envelope]]]:
+    """`read_run` of one moment, and `read_envelopes` of what is one number per step or group, in one pass.
+
+    `most`: of a file of more bytes, whatever is one number per layer or parameter is read in one row of several only,
+    so that about so many bytes are left: early and late rows always, and the first that count NaN or Inf.
+    """
+    database = _database(Path(path))
+    with _opened(database) as connection, _snapshot(connection):
+        tables = _Tables(connection, most=most)
+        return _run_of(tables, database.parent), {
+            subject: tables.envelopes(subject, {"step", "group"}) for subject in tables.subjects()
+        }
 
 
 def list_runs(root: Path = ROOT) -> list[RunSummary]:
@@ -225,7 +253,9 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
             connection = _connected(database, stack)
             _check_schema(connection, database)
             yield connection
-        # The last three: a damaged page has no checksum, and its numbers can be anything.
+        # A damaged page has no checksum: its numbers can be anything, and so can the names of tables and columns.
+        except LookupError as error:
+            raise RunUnreadable(f"{database} cannot be read: it has no {error}") from error
         except (sqlite3.Error, OSError, ValueError, TypeError, OverflowError) as error:
             raise RunUnreadable(f"{database} cannot be read: {error}") from error
 
@@ -289,29 +319,48 @@ def _snapshot(connection: sqlite3.Connection) -> Iterator[None]:
 class _Tables:
     """What the tables of one file hold, as far as they can be read; `damage` has SQLite's words for what cannot."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, *, most: int | None = None) -> None:
         self._connection = connection
+        self._described: dict[tuple[str, str], list[Any]] = {}
         self.damage: list[str] = []
         self.meta = {row["key"]: _parsed(row["value"]) for row in self._dicts("meta")}
         self._streams = {
             row["stream"]: Stream(row["subject"], row["tier"], row["statistic"], row["layer"])
             for row in self._dicts("streams")
         }
-        # A page cut in the middle ends in zeros, which SQLite takes for rows of NULLs.
-        self._rows = Rows.of([row for row in self._tuples(f"{SELECT_ROWS} ORDER BY rowid") if None not in row])
-        self._found = decode(self._rows, layouts_of(self._tuples("SELECT * FROM layouts ORDER BY rowid")))
+        layouts = layouts_of(self._tuples("SELECT * FROM layouts ORDER BY rowid"))
+        heap, self.thinned = Heap(layouts), self._thinning(most)
+        left_out = self._left_out()
+        for row in self._tuples(f"{SELECT_ROWS} ORDER BY rowid"):
+            # A page cut in the middle ends in zeros, which SQLite takes for rows of NULLs.
+            if None not in row:
+                heap.add(*row, whole=row[0] not in left_out)
+        self._rows, self._found = heap.rows(), heap.found()
 
-    def _tuples(self, query: str) -> list[tuple[Any, ...]]:
+    def _thinning(self, most: int | None) -> int:
+        """One row of how many leaves about `most` bytes."""
+        count, size = (int(self._connection.execute(f"PRAGMA {p}").fetchone()[0]) for p in ("page_count", "page_size"))
+        return 1 if most is None else max(1, -(-count * size // most))
+
+    def _left_out(self) -> set[int]:
+        """Row ids of the rows that are not read in full: of each stream and layout all but one in `thinned`."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        query = "SELECT stream, layout, rowid FROM rows ORDER BY stream, layout, step, rowid"
+        for stream, layout, rowid in self._connection.execute(query) if self.thinned > 1 else ():
+            alike.setdefault((stream, layout), []).append(rowid)
+        inner = (rows[_ENDS:-_ENDS] for rows in alike.values())
+        return {rowid for rows in inner for i, rowid in enumerate(rows) if i % self.thinned}
+
+    def _tuples(self, query: str) -> Iterator[tuple[Any, ...]]:
         """All rows of a query that ends with its order; of a damaged table those before the damage and behind it."""
-        before: list[tuple[Any, ...]] = []
         behind: list[tuple[Any, ...]] = []
         try:
-            before.extend(self._connection.execute(query))
+            yield from self._connection.execute(query)
         except sqlite3.DatabaseError as error:
             self.damage.append(str(error))
             with contextlib.suppress(sqlite3.DatabaseError):
                 behind.extend(self._connection.execute(f"{query} DESC"))
-        return before + behind[::-1]
+        yield from reversed(behind)
 
     def _dicts(self, table: str, subject: str | None = None) -> list[dict[str, Any]]:
         query = f"SELECT * FROM {table} ORDER BY rowid"  # noqa: S608 - `table` is always one of ours
@@ -324,10 +373,15 @@ class _Tables:
         return list(dict.fromkeys([*named, *(stream.subject for stream in self._streams.values())]))
 
     def _layers(self, subject: str) -> list[Layer]:
-        return [_entry(Layer, row) for row in self._dicts("layers", subject)]
+        return self._entries("layers", Layer, subject)
 
     def _parameters(self, subject: str) -> list[Parameter]:
-        return [_entry(Parameter, row) for row in self._dicts("parameters", subject)]
+        return self._entries("parameters", Parameter, subject)
+
+    def _entries(self, table: str, kind: type[Any], subject: str) -> list[Any]:
+        if (table, subject) not in self._described:
+            self._described[table, subject] = [_entry(kind, row) for row in self._dicts(table, subject)]
+        return self._described[table, subject]
 
     def history(self, subject: str, run: str) -> History:
         layers = self._layers(subject)
@@ -375,10 +429,12 @@ class _Tables:
             profiles.setdefault(statistic, {})[layer] = Series(self._rows.step[indices], values)
         return profiles
 
-    def envelopes(self, subject: str) -> dict[str, Envelope]:
+    def envelopes(self, subject: str, axes: Container[str] = get_args(Axis)) -> dict[str, Envelope]:
         columns = self._columns(subject)
         envelopes = {}
         for statistic, folds in self._pieces(subject).items():
+            if STATISTICS[statistic].axis not in axes:
+                continue
             kept = {fold: folds[fold] for fold in ("minimum", "maximum", "total") if fold in folds}
             if kept:
                 read = {fold: self._readings(statistic, pieces, columns) for fold, pieces in kept.items()}
@@ -400,15 +456,16 @@ class _Tables:
         axis = STATISTICS[statistic].axis
         widest = max((values.shape[1] for _, values in pieces), default=0)
         order = columns.get(axis, range(widest))
-        indices, values = joined(pieces, len(order))
+        indices = np.concatenate([found for found, _ in pieces]) if pieces else np.empty(0, np.int64)
         steps = self._rows.step[indices]
         sort = np.lexsort((indices, steps))
         chosen = sort[np.diff(steps[sort], append=np.iinfo(np.int64).max) != 0] if len(sort) else sort
-        if not np.array_equal(chosen, np.arange(len(indices))):
-            indices, values = indices[chosen], values[chosen]
+        places = np.full(len(indices), -1)
+        places[chosen] = np.arange(len(chosen))
+        values = placed(pieces, len(order), places, len(chosen))
         if list(order) != list(range(len(order))):
             values = values[:, order]
-        return indices, values[:, 0] if axis == "step" else values
+        return indices[chosen], values[:, 0] if axis == "step" else values
 
 
 def layouts_of(rows: Iterable[tuple[Any, ...]]) -> dict[int, Layout]:
