@@ -14,13 +14,18 @@ Screening and verification are successive halving (Jamieson & Talwalkar 2016, ar
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from isograd._bins import Readings, even_in_steps, fold_line
 from isograd._changes import ReplaceOptimizer, ScheduleLearningRate, SetHyperparameter
 from isograd._diagnose import Diagnosis
 from isograd._history import History
@@ -54,11 +59,59 @@ SHARE = 4
 """Screening runs for a quarter of the steps, unless the fault shows later."""
 
 
+POINTS = 200
+"""Points of a loss curve that is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Losses of paired runs, rolled up to at most `POINTS` points: medians of the steps up to each of `steps`.
+
+    `baseline`, `treated`: one curve per seed, NaN where no loss was finite.
+    """
+
+    steps: tuple[int, ...]
+    baseline: tuple[tuple[float, ...], ...]
+    treated: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, before: Sequence[Arm], after: Sequence[Arm]) -> Curves:
+        """Of untreated and treated runs of one step or more."""
+        length = max(arm.steps for arm in (*before, *after))
+        steps = np.arange(length)
+        bins = even_in_steps(steps, steps, POINTS)
+
+        def rolled_up(arm: Arm) -> tuple[float, ...]:
+            losses = np.full(length, np.nan)
+            losses[: arm.steps] = arm.losses
+            nothing = np.zeros(length, np.bool_)
+            whole = Readings(first=steps, last=steps, values=losses, low=None, high=None, broken=nothing)
+            return tuple(fold_line(whole, bins).middle.tolist())
+
+        return cls(
+            steps=tuple(bins.last.tolist()),
+            baseline=tuple(map(rolled_up, before)),
+            treated=tuple(map(rolled_up, after)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a point without a finite loss is null."""
+
+        def curve(values: Sequence[float]) -> list[float | None]:
+            return [value if math.isfinite(value) else None for value in values]
+
+        return {
+            "steps": list(self.steps),
+            "baseline": [curve(values) for values in self.baseline],
+            "treated": [curve(values) for values in self.treated],
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tried:
     """A treatment with its verdict: on one pair from the screening, or on `verified` pairs of other seeds.
 
-    `seconds`: of its runs together. `steps`: of the longest of them.
+    `seconds`: of its runs together. `steps`: of the longest of them. `curves`: the losses of verified pairs.
     """
 
     treatment: Treatment
@@ -66,6 +119,7 @@ class Tried:
     seconds: float
     verified: int = 0
     steps: int = 0
+    curves: Curves | None = field(default=None, repr=False, compare=False)
 
     @property
     def left(self) -> set[str]:
@@ -94,6 +148,7 @@ class Fix:
 
     `diagnosis`: of the untreated program; `confirmed`: its causes that a treatment for them resolved. `noise`: the
     effect of running the same program again, 0 where it is reproducible. `steps`: of the first verification.
+    `folder`: where the untreated run is kept; `unkept`: why it is not although it was asked for.
     """
 
     diagnosis: Diagnosis
@@ -104,6 +159,8 @@ class Fix:
     baseline_seconds: float = 0.0
     interrupted: bool = False
     error: str = ""
+    folder: Path | None = None
+    unkept: str = ""
 
     @property
     def best(self) -> int | None:
@@ -120,6 +177,7 @@ class Fix:
         """`fix --json`, schema 1."""
         return {
             "schema": 1,
+            "run": self.diagnosis.run,
             "baseline": {**self.diagnosis.to_dict(), "confirmed": list(self.confirmed), "error": self.error},
             "trials": [tried.to_dict() for tried in self.trials],
             "best": self.best,
@@ -129,6 +187,13 @@ class Fix:
             "baseline_seconds": round(self.baseline_seconds, 3),
             "interrupted": self.interrupted,
         }
+
+    def to_keep(self) -> dict[str, Any]:
+        """The same with the loss curves of what was verified: what lies beside the untreated run."""
+        told = self.to_dict()
+        for trial, tried in zip(told["trials"], self.trials, strict=True):
+            trial["curves"] = None if tried.curves is None else tried.curves.to_dict()
+        return told
 
 
 Report = Callable[[str, int, int], None]
@@ -140,6 +205,7 @@ class Search:
     """The search for one program. `executor` runs trials: any of `concurrent.futures`, so also a cluster's.
 
     `every`: try the whole catalogue in its default form. `seeds`: pairs that verify. `limit`: s that a run may take.
+    `keep`: the folder of runs in which the untreated run stays.
     """
 
     program: Program
@@ -149,6 +215,7 @@ class Search:
     limit: float = 60.0
     threads: int = 1
     memory: int | None = None
+    keep: Path | None = None
     executor: Executor
     options: Options = field(default_factory=dict)
     report: Report = lambda stage, done, total: None
@@ -169,7 +236,14 @@ class Search:
         first = self._first_run()
         self._patience = min(self.limit, max(HANGS, SLOWER * first.seconds))
         self._whole = first.seconds
-        fix = Fix(diagnosis=first.diagnosis, steps=first.steps, baseline_seconds=first.seconds, error=first.error)
+        fix = Fix(
+            diagnosis=first.diagnosis,
+            steps=first.steps,
+            baseline_seconds=first.seconds,
+            error=first.error,
+            folder=first.folder,
+            unkept=first.unkept,
+        )
         if first.steps and (not first.diagnosis.healthy or self.every):
             *_, fix = self._stages(first, fix)
         return replace(fix, seconds=time.perf_counter() - self._began)
@@ -177,9 +251,11 @@ class Search:
     def _first_run(self) -> Arm:
         """The program as it is: to its end, or for a minute, or until `limit` where a minute shows no fault."""
         least = self.limit if self.steps else min(self.limit, MINUTE)
-        (arm,) = self._arms("the program as it is", [self._trial(seconds=least)])
+        (arm,) = self._arms("the program as it is", [self._trial(seconds=least, keep=self.keep)])
         if least < self.limit and arm.seconds >= least and arm.diagnosis.healthy:
-            (arm,) = self._arms("the program as it is", [self._trial(seconds=self.limit)])
+            if arm.folder is not None:
+                shutil.rmtree(arm.folder, ignore_errors=True)  # the longer one takes its place
+            (arm,) = self._arms("the program as it is", [self._trial(seconds=self.limit, keep=self.keep)])
         return arm
 
     def _stages(self, first: Arm, fix: Fix) -> Iterator[Fix]:
@@ -311,6 +387,7 @@ class Search:
             seconds=sum(arm.seconds for arm in after),
             verified=len(after),
             steps=max(arm.steps for arm in after),
+            curves=Curves.of(before, after),
         )
 
     def _with(self, fix: Fix, tried: Tried) -> Fix:
@@ -374,6 +451,7 @@ def fix(
     limit: float = 60.0,
     threads: int = 1,
     memory: int | None = None,
+    keep: Path | None = None,
     options: Options | None = None,
     report: Report | None = None,
 ) -> Fix:
@@ -389,6 +467,7 @@ def fix(
             limit=limit,
             threads=threads,
             memory=memory,
+            keep=keep,
             executor=executor,
             options=options or {},
             **({"report": report} if report is not None else {}),

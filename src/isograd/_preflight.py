@@ -202,7 +202,7 @@ def _returned(target: str) -> tuple[Any, Any, Any, Any]:
     from isograd.frameworks.torch import require_model
 
     try:
-        value = _callable(target)()
+        value = named_callable(target)()
     except ScriptError:
         raise
     except (Exception, SystemExit) as error:
@@ -220,7 +220,8 @@ def _returned(target: str) -> tuple[Any, Any, Any, Any]:
     return model, batch, loss_fn, optimizer
 
 
-def _callable(target: str) -> Callable[[], Any]:
+def named_callable(target: str) -> Callable[[], Any]:
+    """What `module:callable` or `file.py:callable` names. Raises ScriptError, in one sentence."""
     source, colon, name = target.rpartition(":")
     if not (colon and source and name):
         raise ScriptError(f"{target!r} names no callable: write module:callable, or file.py:callable.")

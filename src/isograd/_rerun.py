@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from isograd._changes import Change
 from isograd._errors import CannotReplay, IsogradError
 from isograd._grade import Taken, graded
 from isograd._replay import Replay, operation_of, shares_of
-from isograd._trial import Program, _context, _kill, _last_words
+from isograd._trial import Program, be_alone, end_process, last_words, process_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def _run(job: _Job) -> dict[str, Any]:
     """What one run has told, or {"refusal": why it has not}."""
     with tempfile.TemporaryDirectory(prefix="isograd-replay-") as folder:
         out = Path(folder)
-        context = _context()
+        context = process_context()
         if hasattr(context, "set_forkserver_preload"):
             ours = ("_rerun", "_launch", "frameworks.torch._script_replay")
             context.set_forkserver_preload([f"isograd.{name}" for name in ours])
@@ -102,13 +101,13 @@ def _run(job: _Job) -> dict[str, Any]:
             process.join(job.seconds)
             is_late = process.is_alive()
         finally:
-            _kill(process)
+            end_process(process)
             process.join()
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads((out / "told.json").read_text(encoding="utf-8")))
         if is_late:
             return {"refusal": f"The step was not reached within {job.seconds:.0f} s."}
-        words = _last_words(out)
+        words = last_words(out)
         return {"refusal": f"The script ended before the step was reached{f': {words}' if words else '.'}"}
 
 
@@ -116,9 +115,8 @@ def _child(job: _Job, out: Path) -> None:
     """In the new process: lead a group, be silent, run the script until the step is done."""
     from isograd._launch import run_attached
 
-    _be_alone(out)
+    be_alone(out)
     os.chdir(job.folder)  # the server that forks stays where it was started
-    multiprocessing.set_start_method(None, force=True)  # the script's own processes start as they always do
     waiting: list[Any] = []
 
     def attach() -> None:
@@ -143,15 +141,6 @@ def _child(job: _Job, out: Path) -> None:
     os._exit(status)
 
 
-def _be_alone(out: Path) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        os.setsid()
-    log = os.open(out / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - for as long as the process lives
-
-
 # ---- a callable of the user's ---------------------------------------------------------------------------------------
 
 
@@ -162,9 +151,9 @@ def replay_callable(capsule: Capsule, target: str) -> Replay:
     Raises ScriptError or CannotReplay, in one sentence.
     """
     from isograd._errors import ScriptError
-    from isograd._preflight import _callable
+    from isograd._preflight import named_callable
 
-    made: Any = _called(_callable(target), target)
+    made: Any = _called(named_callable(target), target)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[1]):
         raise ScriptError(f"{target} has to return (model, step_fn) or (model, step_fn, optimizer).")
     model, step_fn, optimizer = (*made, None)[:3]

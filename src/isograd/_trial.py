@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -45,7 +46,8 @@ class Trial:
 
     `seed`: 0 is the program as it is; others are added to every seed that it sets. `steps`: end it after so many
     optimizer steps. `seconds`, `memory`: limits, in s of wall time and in bytes of its processes together. `threads`:
-    of the framework. `subject`: whose loss is compared, the first one where it is None.
+    of the framework. `subject`: whose loss is compared, the first one where it is None. `keep`: the folder of runs to
+    put its run into; it leaves nothing behind where that is None.
     """
 
     program: Program
@@ -56,6 +58,7 @@ class Trial:
     memory: int | None = None
     threads: int = 1
     subject: str | None = None
+    keep: Path | None = None
 
 
 def run_trial(trial: Trial, options: Options | None = None) -> Arm:
@@ -69,6 +72,8 @@ def run_trial(trial: Trial, options: Options | None = None) -> Arm:
         out = Path(folder)
         error = _run_in_process(trial, out)
         arm = _judged(trial, out, options or {}, error)
+        if trial.keep is not None and arm.steps:
+            arm = _kept(arm, out / arm.diagnosis.run, trial.keep)
     return replace(arm, seconds=time.perf_counter() - began)
 
 
@@ -90,6 +95,21 @@ def _judged(trial: Trial, out: Path, options: Options, error: str) -> Arm:
     return Arm.of(history, diagnosis, seed=trial.seed, error=error)
 
 
+def _kept(arm: Arm, run: Path, root: Path) -> Arm:
+    """Move a run into the folder of runs, where it appears whole or not at all."""
+    partial = root / f".{run.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(run, partial)
+        partial.rename(root / run.name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # copytree raises a list of what failed with it.
+        whys = [args[2] for args in error.args[0]] if isinstance(error, shutil.Error) else [error.strerror]
+        return replace(arm, unkept=f"{root} cannot be written ({whys[0] or error})")
+    return replace(arm, folder=(root / run.name).absolute())
+
+
 # ---- the process ------------------------------------------------------------------------------------------------
 
 _REFUSED = "refused"
@@ -109,7 +129,7 @@ def _run_in_process(trial: Trial, out: Path) -> str:
     """What ended it before its time, in words; "" for a program that ended well."""
     interrupted = threading.Event()
     _under_way.add(interrupted)
-    process, why = _context().Process(target=_child, args=(trial, out), daemon=False), ""
+    process, why = process_context().Process(target=_child, args=(trial, out), daemon=False), ""
     try:
         process.start()
         limit = time.monotonic() + trial.seconds
@@ -124,14 +144,14 @@ def _run_in_process(trial: Trial, out: Path) -> str:
     finally:
         _under_way.discard(interrupted)
         if process.is_alive():
-            _kill(process)
+            end_process(process)
     process.join()
     if why or process.exitcode == 0:
         return why
-    return _last_words(out) or f"it ended with status {process.exitcode}"
+    return last_words(out) or f"it ended with status {process.exitcode}"
 
 
-def _kill(process: Any) -> None:
+def end_process(process: Any) -> None:
     """The process and everything that it started: it leads a group of its own."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         with contextlib.suppress(OSError, AttributeError):
@@ -141,7 +161,8 @@ def _kill(process: Any) -> None:
         process.kill()
 
 
-def _context() -> Any:
+def process_context() -> Any:
+    """What starts processes for programs: a server that has imported isograd and forks, where there can be one."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -150,11 +171,8 @@ def _context() -> Any:
     return context
 
 
-def _child(trial: Trial, out: Path) -> None:
-    """In the new process: lead a group, be silent, train as asked."""
-    from isograd._launch import launch
-    from isograd.frameworks.torch import set_threads
-
+def be_alone(out: Path) -> None:
+    """In a new process: lead a group, be silent but for the file `log` in `out`."""
     with contextlib.suppress(OSError, AttributeError):
         os.setsid()
     log = os.open(out / "log", os.O_WRONLY | os.O_CREAT)
@@ -162,6 +180,14 @@ def _child(trial: Trial, out: Path) -> None:
     os.dup2(log, 2)
     sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - for as long as the process lives
     multiprocessing.set_start_method(None, force=True)  # the program's own processes start as they always do
+
+
+def _child(trial: Trial, out: Path) -> None:
+    """In the new process: lead a group, be silent, train as asked."""
+    from isograd._launch import launch
+    from isograd.frameworks.torch import set_threads
+
+    be_alone(out)
     set_threads(trial.threads)
     result = launch(
         list(trial.program.args),
@@ -180,7 +206,7 @@ def _child(trial: Trial, out: Path) -> None:
     os._exit(result.status)
 
 
-def _last_words(out: Path) -> str:
+def last_words(out: Path) -> str:
     """The last line that the program wrote, which of a traceback is the exception."""
     with contextlib.suppress(OSError):
         lines = (out / "log").read_text(errors="replace").strip().splitlines()

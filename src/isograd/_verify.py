@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Arm:
 
     `error`: what ended it, if not its own end. `refused`: it was ended at its first step because the program has no
     place for the treatment. `seconds`: wall time; `step_seconds`: median time of a step. `diagnosis`: what isograd
-    found in it.
+    found in it. `folder`: where its run is kept; `unkept`: why it is not although it was asked for.
     """
 
     seed: int
@@ -57,6 +58,8 @@ class Arm:
     refused: bool = False
     seconds: float = math.nan
     step_seconds: float = math.nan
+    folder: Path | None = None
+    unkept: str = ""
 
     @classmethod
     def of(cls, history: History, diagnosis: Diagnosis, *, seed: int, error: str = "") -> Arm:
