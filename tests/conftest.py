@@ -1,6 +1,7 @@
 """What every test stands on: one thread, no settings from outside, no deadline on a shared machine."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,17 @@ def no_settings_from_outside(monkeypatch):
 def repository():
     """The folder that holds pyproject.toml."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window. Where it is not installed the test is skipped, or fails if REQUIRE_BROWSER is set."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        (pytest.fail if "REQUIRE_BROWSER" in os.environ else pytest.skip)("Chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
