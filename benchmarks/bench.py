@@ -7,11 +7,13 @@ python benchmarks/bench.py --only gpt,import # some sections; the others keep th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -95,6 +97,15 @@ def measure_guard(folder: Path, scale: float) -> list[dict[str, Any]]:
     warm_up = dict.fromkeys(contestants, 48)
     times = interleave(workloads.gpt, contestants, folder=folder, seconds=280 * scale, warm_up=warm_up)
     return compare(times, base="isograd, default")
+
+
+def measure_serve(folder: Path, scale: float) -> list[dict[str, Any]]:
+    """The same GPT with its live page open, against the run that is only watched."""
+    watched = {"isograd, default": variants.isograd_default}
+    contestants = watched | {"watched again": variants.isograd_default, "live page open": variants.isograd_served}
+    warm_up = dict.fromkeys(contestants, EARLY)
+    how = {"block": variants.BLOCK, "seconds": 280 * scale, "warm_up": warm_up}
+    return compare(interleave(workloads.gpt, contestants, folder=folder, **how), base="isograd, default")
 
 
 def measure_cnn(folder: Path, scale: float) -> list[dict[str, Any]]:
@@ -192,14 +203,16 @@ def measure_diagnose(folder: Path, scale: float) -> dict[str, float]:
     return {"steps": steps, "layers": 300, "bytes": size, "seconds": seconds}
 
 
-def write_run(root: Path, *, steps: int, layers: int) -> Path:
-    """A recorded run of a healthy network: two tensors a layer, the cheap tier always, the deep one at 500 steps."""
+def write_run(root: Path, *, steps: int, layers: int, kept: int = 10_000, every: int | None = None) -> Path:
+    """A recorded run of a healthy network: two tensors a layer, the cheap tier always, the deep one at 500 steps or
+    at every so many.
+    """
     from isograd._history import Layer, Parameter
     from isograd._record import RunFile
     from isograd._statistics import STATISTICS
 
     names = [f"layers.{index}" for index in range(layers)]
-    file = RunFile.create(root, meta={"script": "train.py", "state": "running", "steps": 0})
+    file = RunFile.create(root, meta={"script": "train.py", "state": "running", "steps": 0}, kept=kept)
     file.add_layers("model", [Layer(name=n, kind="linear", type="Linear", position=i) for i, n in enumerate(names)])
     parts = [Parameter(name=f"{n}.{part}", layer=n, shape=(64, 64)) for n in names for part in ("weight", "bias")]
     file.add_parameters("model", parts)
@@ -208,7 +221,7 @@ def write_run(root: Path, *, steps: int, layers: int) -> Path:
     width = {"step": 1, "group": 1, "parameter": len(parts), "layer": layers}
     typical = {"learning_rate": 1e-3, "clip_factor": 1.0, "micro_batches": 1.0, "loss_scale": 1.0, "calls": 1.0}
     for step in range(steps):
-        for tier in ("cheap", "deep") if step % max(1, steps // 500) == 0 else ("cheap",):
+        for tier in ("cheap", "deep") if step % (every or max(1, steps // 500)) == 0 else ("cheap",):
             row = {
                 s.name: _reading(s.name, width[s.axis], typical, step, draw)
                 for s in STATISTICS.values()
@@ -218,6 +231,90 @@ def write_run(root: Path, *, steps: int, layers: int) -> Path:
     file.set_meta(state="finished", steps=steps)
     file.close()
     return file.path
+
+
+def measure_report(folder: Path, scale: float) -> dict[str, float]:
+    """Seconds of `isograd report` as a command on a very long run of a very wide model, best of three; its page."""
+    steps, layers = max(20_000, round(1_000_000 * scale)), 1000
+    path = write_long_run(folder, steps=steps, layers=layers)
+    size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+    page = folder / "report.html"
+    command = ("-m", "isograd", "report", str(path), "-o", str(page))
+    seconds = min(_timed(lambda: _python(*command)) for _ in range(3))
+    from isograd._page import asset
+
+    own = page.stat().st_size - len(asset("plotly.min.js"))
+    return {"steps": steps, "layers": layers, "bytes": size, "seconds": seconds, "page_bytes": own}
+
+
+_EVERY = 100  # steps between two deep ones in a long run
+_LARGEST = 900_000_000  # bytes to which the recorder rolls a run up
+
+
+def write_long_run(root: Path, *, steps: int, layers: int) -> Path:
+    """A run file of so many steps as the recorder leaves it, in seconds instead of hours.
+
+    Rows of every tier and level are recorded, and merged, for real; then each stands for as many as a run of this
+    length would have. How many those are follows the recorder's rule: of each level all but the last 10,000 rows are
+    merged ten to one, and earlier where the file is too large.
+    """
+    from isograd._layout import MERGED
+
+    pattern = 24 * 25 + 24
+    path = write_run(root, steps=pattern, layers=layers, kept=24, every=1)
+    with contextlib.closing(sqlite3.connect(path / "run.db")) as database:
+        streams = {tier: stream for stream, tier in database.execute("SELECT stream, tier FROM streams")}
+        query = "SELECT layout, readings FROM rows WHERE stream = ? AND level = ? ORDER BY step"
+        packed = {
+            (tier, level): database.execute(query, (stream, level)).fetchall()
+            for tier, stream in streams.items()
+            for level in (0, 1)
+        }
+        sizes = {where: len(rows[0][1]) for where, rows in packed.items()}
+        database.execute("DELETE FROM rows")
+        for (tier, level), (first, count) in _levels(steps, sizes).items():
+            unit = 1 if tier == "cheap" else _EVERY
+            span = unit * MERGED**level
+            rows = packed[tier, min(level, 1)]
+            database.executemany(
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    (streams[tier], level, first + i * span, first + (i + 1) * span - unit, *rows[i % len(rows)])
+                    for i in range(count)
+                ),
+            )
+        database.execute("UPDATE meta SET value = ? WHERE key = 'steps'", (str(steps),))
+        database.commit()
+        database.execute("VACUUM")
+    return path
+
+
+def _levels(steps: int, sizes: dict[tuple[str, int], int]) -> dict[tuple[str, int], tuple[int, int]]:
+    """(tier, level) -> (its first step, its rows), oldest first, of a run that the recorder has rolled up."""
+    counts = {("cheap", 0): 0, ("deep", 0): 0}
+
+    def bytes_of(where: tuple[str, int]) -> int:
+        return counts[where] * sizes[where[0], min(where[1], 1)]
+
+    for _ in range(steps // 1000):
+        counts["cheap", 0] += 1000
+        counts["deep", 0] += 1000 // _EVERY
+        while True:
+            full = [where for where, count in counts.items() if count >= 10_200]
+            if not full and sum(map(bytes_of, counts)) > _LARGEST:
+                full = sorted((w for w, count in counts.items() if count >= 400), key=bytes_of)[-1:]
+            if not full:
+                break
+            tier, level = full[0]
+            counts[tier, level] -= 200
+            counts[tier, level + 1] = counts.get((tier, level + 1), 0) + 20
+    levels = {}
+    for tier, unit in (("cheap", 1), ("deep", _EVERY)):
+        first = 0
+        for where in sorted((w for w in counts if w[0] == tier), reverse=True):
+            levels[where] = first, counts[where]
+            first += counts[where] * unit * 10 ** where[1]
+    return levels
 
 
 def _reading(name: str, width: int, typical: dict[str, float], step: int, draw: np.random.Generator) -> Floats:
@@ -248,11 +345,13 @@ SECTIONS: dict[str, Callable[[Path, float], Any]] = {
     "cnn": measure_cnn,
     "lstm": measure_lstm,
     "guard": measure_guard,
+    "serve": measure_serve,
     "tensors": measure_tensors,
     "size": measure_size,
     "preflight": measure_preflight,
     "import": measure_import,
     "diagnose": measure_diagnose,
+    "report": measure_report,
 }
 
 
@@ -360,6 +459,11 @@ def report(figures: dict[str, Any]) -> str:
     parts += [f"## {title}\n\n{ratios(figures[name])}" for name, title in titles.items() if name in figures]
     if "guard" in figures:
         parts.append(f"## Guard, on the GPT above\n\nHere ratios are to the watched run.\n\n{ratios(figures['guard'])}")
+    if "serve" in figures:
+        words = (
+            f"Ratios are to the watched run, in blocks of {variants.BLOCK} steps; the server is stopped in the others'."
+        )
+        parts.append(f"## Live page, on the GPT above\n\n{words}\n\n{ratios(figures['serve'])}")
     if "tensors" in figures:
         parts.append(f"## Cost of a step against the number of tensors\n\n{tensors(figures['tensors'])}")
     if "size" in figures:
@@ -377,6 +481,13 @@ def report(figures: dict[str, Any]) -> str:
         parts.append(
             f"## Diagnosis\n\n`isograd diagnose --json` on {run['steps']:,} steps x {run['layers']} layers "
             f"({run['bytes'] / 1e6:.0f} MB): {run['seconds']:.2f} s, interpreter start included."
+        )
+    if "report" in figures:
+        run = figures["report"]
+        parts.append(
+            f"## Page\n\n`isograd report` on {run['steps']:,} steps x {run['layers']:,} layers "
+            f"({run['bytes'] / 1e6:.0f} MB): {run['seconds']:.2f} s, interpreter start included; "
+            f"{run['page_bytes'] / 1e6:.1f} MB of HTML beside the chart library."
         )
     facts = "\n".join(f"- {name}: {value}" for name, value in figures["machine"].items())
     return "\n\n".join([*parts, f"## Machine\n\n{facts}"]) + "\n"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from workloads import Calls, Program
@@ -64,6 +67,54 @@ def guard_rewind(program: Program, folder: Path) -> Iterator[Calls]:
     policy = isograd.Guard(skip=True, clip=True, rewind=True)
     with isograd.watch(program.model, program.optimizer, out=folder, guard=policy):
         yield Calls()
+
+
+BLOCK = 8
+"""Steps of a block in which a page is open."""
+
+
+@contextmanager
+def isograd_served(program: Program, folder: Path) -> Iterator[Calls]:
+    """The default, with the live server running and a page open that fetches all it is told of.
+
+    Both are stopped while others have their turn, which come in blocks of `BLOCK` steps: they would slow those as much.
+    """
+    import isograd
+
+    step = 0
+
+    def go_on() -> None:
+        if step % BLOCK == 0:
+            signal_all(signal.SIGCONT)
+
+    def count() -> None:
+        nonlocal step
+        step += 1
+        if step % BLOCK == 0:
+            signal_all(signal.SIGSTOP)
+
+    def signal_all(number: signal.Signals) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    with isograd.watch(program.model, program.optimizer, out=folder) as watch, ExitStack() as stack:
+        here = Path(__file__).parent
+        path = watch.path
+        assert path is not None
+        server = _started(stack, [sys.executable, "-m", "isograd", "serve", str(path)])
+        address = server.stdout.readline().partition(" at ")[2].split()[0] if server.stdout else ""
+        page = _started(stack, [sys.executable, str(here / "page_client.py"), address])
+        processes = [server, page]
+        if page.stdout:
+            page.stdout.readline()  # it has the data
+        signal_all(signal.SIGSTOP)
+        yield Calls(before_update=go_on, after_step=count)
+
+
+def _started(stack: ExitStack, command: list[str]) -> subprocess.Popen[str]:
+    process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    stack.callback(process.kill)
+    return process
 
 
 @contextmanager
