@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from isograd._changes import CannotApply as CannotApply
     from isograd._diagnose import Diagnosis as Diagnosis
     from isograd._errors import BadStep as BadStep
+    from isograd._errors import CannotExport as CannotExport
     from isograd._errors import CannotReplay as CannotReplay
     from isograd._errors import CapsuleUnreadable as CapsuleUnreadable
     from isograd._errors import IsogradError as IsogradError
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BadStep",
     "CannotApply",
+    "CannotExport",
     "CannotReplay",
     "Capsule",
     "CapsuleUnreadable",
@@ -81,6 +83,7 @@ __all__ = [
 _HOME = {
     "BadStep": "_errors",
     "CannotApply": "_changes",
+    "CannotExport": "_errors",
     "CannotReplay": "_errors",
     "Capsule": "_capsule",
     "CapsuleUnreadable": "_errors",

@@ -2,6 +2,7 @@
 
 IsogradError
 ├── BadStep            a guard that was asked to stop has stopped the run before a bad step
+├── CannotExport       a run cannot be written in the format or to the place that was named
 ├── CannotReplay       the program that was named does not come to the captured step
 ├── CapsuleUnreadable  a capsule is missing, damaged, or none
 ├── RunNotFound        a path is not a run folder, or there is no run yet
@@ -20,6 +21,10 @@ class IsogradError(Exception):
 
 class BadStep(IsogradError):
     """A guard has ended the run before a bad step was taken: weights and optimizer state are as before it."""
+
+
+class CannotExport(IsogradError):
+    """The format is not known or lacks its package, the place is taken, or there is nothing to export."""
 
 
 class CannotReplay(IsogradError):
