@@ -94,6 +94,11 @@ class Diagnosis:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def _repr_html_(self) -> str:
+        from isograd._notebook import diagnosis_card  # how it shows itself is known above
+
+        return diagnosis_card(self)
+
     def _lines(self) -> Iterator[str]:
         seen = f"{self.steps} steps of {', '.join(self.subjects) or 'no model'}"
         seen = seen if self.preflight is None else "a model before its first step"

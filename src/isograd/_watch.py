@@ -29,6 +29,8 @@ from isograd._schedule import Schedule
 if TYPE_CHECKING:
     from types import FrameType
 
+    from isograd._notebook import LiveCard
+
 T = TypeVar("T")
 
 
@@ -121,6 +123,7 @@ class Watch:
         self._shield.call(self._observer.attach, models, optimizers, frame)
         applier.listen_last()
         self._flight: Any = None
+        self._live: LiveCard | None = None
         self._guarding = None if guard is None else self._begin_guarding(guard, others)
 
     def _begin_guarding(self, guard: Guard, others: Sequence[object]) -> Any:
@@ -197,6 +200,32 @@ class Watch:
         """The diagnosis of what was recorded so far."""
         run = self.run()
         return diagnose(run.histories, run=run.id, overhead=self.overhead, options=self._options)
+
+    def show(self) -> None:
+        """In a notebook, show a card of this run below the cell: its verdict, its loss, its signal over depth.
+
+        The card is replaced in place between steps, at most every 2 s, until the run is closed; the time for that is
+        the watcher's own. Anywhere but in a notebook it does nothing.
+        """
+        from isograd._notebook import LiveCard
+
+        if self._live is None and LiveCard.is_possible():
+            self._live = LiveCard(self._drawn)
+            self._shield.call(self._live.show)
+
+    def _drawn(self) -> str:
+        """The run as it stands in its file; what is still under way is not waited for."""
+        from isograd._notebook import is_too_large, large_card, live_card
+
+        size = 0 if self.path is None else (self.path / "run.db").stat().st_size
+        if self._is_open and is_too_large(size):
+            return large_card(f"{self.path.name if self.path else ''}, {self.step} steps so far")
+        run = self._file.read()
+        found = diagnose(run.histories, run=run.id, overhead=self.overhead, options=self._options)
+        return live_card(run, found)
+
+    def _repr_html_(self) -> str:
+        return self._drawn()
 
     # ---- treating -----------------------------------------------------------------------------------------------
 
@@ -287,6 +316,8 @@ class Watch:
         self._file.set_meta(
             **{"state": _state(error), "ended": ended, "steps": self.step, "overhead": self.overhead, **facts}
         )
+        if self._live is not None:
+            self._live.refresh(now=True)
         self._file.close()
 
     def discard(self) -> None:
@@ -306,6 +337,8 @@ class Watch:
         self.step = max(self.step, step + 1)
         if self._on_step is not None:
             self._on_step(subject, step, readings)
+        if self._live is not None:
+            self._live.refresh()
 
     def _detached(self, what: str) -> None:
         _warn(f"stopped watching at step {self.step} because of an error of its own, training goes on: {what}")
@@ -364,6 +397,9 @@ class Off:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing is taken up."""
+
+    def show(self) -> None:
+        """Nothing to show."""
 
     def histories(self) -> tuple[History, ...]:
         """Empty: nothing was watched."""
