@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench cases repairs zoo clean
+.PHONY: demo test lint docs bench cases repairs zoo clean
 
 demo: .venv/demo
 	@$(BIN)/isograd demo
@@ -17,6 +17,11 @@ lint: .venv/dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+# The documentation as a site that needs no network, in site/.
+docs: .venv/dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo site/index.html
 
 # `make cases RESCORE=1` judges what was recorded before by the rules as they are now.
 cases: .venv/dev
@@ -55,4 +60,4 @@ bench: .bench-venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .bench-venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .bench-venv build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

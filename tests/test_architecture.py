@@ -236,12 +236,12 @@ def test_wheel_holds_the_package(wheel):
 
 
 def test_wheel_needs_no_framework(wheel):
-    """What a wheel requires without an extra is NumPy, a file format and the terminal, no deep-learning framework."""
+    """What a wheel requires without an extra is NumPy, a file format, terminal and page, no deep-learning framework."""
     archive = zipfile.ZipFile(wheel)
     metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
 
-    assert {"click", "numpy", "rich", "safetensors", "tomli"} == {
+    assert {"click", "jinja2", "numpy", "plotly", "rich", "safetensors", "starlette", "tomli", "uvicorn"} == {
         re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line
     }
 

@@ -1,8 +1,9 @@
 """The command line: arguments -> public functions -> exit status. What is said is in `_report.py`.
 
-Statuses: `run` ends with the script's own, or 3 when `--fail-on` asks for it; `diagnose` and `preflight` with 0
-healthy, 1 causes, 2 cannot; `replay` with 0 reproduced, 1 not, 2 cannot; the others with 0 or 2. A user's mistake is
-one sentence on stderr and status 2.
+Statuses: `run` ends with the script's own, or 3 when `--fail-on` asks for it; `diagnose`, `treat` and
+`preflight` with 0 healthy, 1 causes, 2 cannot; `fix` with 0 where something was measured to help, 1 where nothing was;
+`replay` with 0 reproduced, 1 not, 2 cannot; the others with 0 or 2. A user's mistake is one sentence on stderr and
+status 2.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from isograd._capsule import Capsule
     from isograd._changes import Change
     from isograd._diagnose import Diagnosis
+    from isograd._fix import Fix
     from isograd._guard import Guard
     from isograd._history import History
     from isograd._remedy import Remedy
@@ -316,17 +318,33 @@ def fix(
             every=every,
             threads=max(1, cores // jobs),
             memory=None if memory is None else memory // jobs,
+            keep=Path(settings.out),
             options=settings.rules,
             report=progress.report,
             **how,
         )
     if not found.diagnosis.steps:
         raise IsogradError(f"{script} cannot be treated: {found.error}.")
+    _keep(found)
     if as_json:
         _print_json(found.to_dict())
     else:
         show(FixTable(fix=found), sys.stdout)
     return 0 if found.best is not None else 1
+
+
+def _keep(found: Fix) -> None:
+    """Leave what was measured beside the untreated run, for its page."""
+    from isograd._fix_file import write_fix
+
+    unkept = found.unkept
+    if found.folder is not None:
+        try:
+            write_fix(found.folder, found.to_keep())
+        except OSError as error:
+            unkept = f"{found.folder} cannot be written ({error.strerror or error})"
+    if unkept:
+        click.echo(f"isograd: {unkept}: `isograd report` cannot show what was tried.", err=True)
 
 
 def _fix_capsule(path: str, args: tuple[str, ...], *, module: bool, as_json: bool, **asked: Any) -> int:
@@ -392,6 +410,73 @@ def _replayed(opened: Capsule, program: Sequence[str], *, module: bool) -> Repla
     return replay_script(opened, Program(args=tuple(program), module=module))
 
 
+@cli.command(short_help="Write the page of a recorded run: one HTML file.")
+@click.argument("run", required=False)
+@click.option("-o", "output", metavar="FILE", help="Where to (default: report.html in the run's folder); - is stdout.")
+def report(*, run: str | None, output: str | None) -> int:
+    """Write the page of RUN: an id, the beginning of one, or a path; the latest by default.
+
+    It is one HTML file with everything inside: it opens in any browser and asks the network for nothing.
+    """
+    from isograd._page import render
+    from isograd._page_data import read_page
+    from isograd._runs import find_run
+    from isograd._whole_file import write_whole
+
+    settings = _settings()
+    folder = find_run(run, settings.out)
+    data = read_page(folder, settings.rules)
+    page = render(data)
+    if data["run"]["damage"]:
+        click.echo(f"isograd: {data['run']['damage']}; the page shows the rest.", err=True)
+    if output == "-":
+        from isograd._terminal import write
+
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(encoding="utf-8")  # as the page says of itself
+        write(page, sys.stdout)
+        return 0
+    path = Path(output) if output is not None else (folder if folder.is_dir() else folder.parent) / "report.html"
+    try:
+        write_whole(path, page.encode())
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise IsogradError(f"{path} cannot be written ({why}): -o names another place.") from None
+    click.echo(str(path))
+    return 0
+
+
+@cli.command(short_help="Show recorded runs in the browser, live while they train.")
+@click.argument("run", required=False)
+@click.option("--host", default="127.0.0.1", metavar="H", help="Address to listen on (default: 127.0.0.1).")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="P", help="Port (default: a free one from 8765 on).")
+@click.option("--token", metavar="T", help="Secret part of the address (default: a random one for each start).")
+def serve(*, run: str | None, host: str, port: int | None, token: str | None) -> int:
+    """Show RUN (an id, the beginning of one, or a path), or the list of runs, in the browser until Ctrl-C.
+
+    The address that is printed carries a token, without which nothing is answered.
+    """
+    # A server beside a training is no place for thread pools: before NumPy is imported.
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    from isograd._runs import find_run
+    from isograd._serve import serve as serve_runs
+    from isograd._terminal import write
+
+    settings = _settings()
+    folder = None if run is None else find_run(run, settings.out).resolve()
+    serve_runs(
+        settings.out if folder is None else folder.parent,
+        run=None if folder is None else folder.name,
+        host=host,
+        port=port,
+        token=token,
+        options=settings.rules,
+        say=lambda words: write(f"{words}\n", sys.stdout),
+    )
+    return 0
+
+
 @cli.command()
 @click.argument("name")
 def explain(*, name: str) -> int:
@@ -400,6 +485,28 @@ def explain(*, name: str) -> int:
     from isograd._terminal import show
 
     show(_explain.explain(name), sys.stdout)
+    return 0
+
+
+@cli.command(short_help="Write a recorded run in a format that other tools read.")
+@click.argument("run", required=False)
+@click.option("--to", required=True, metavar="FORMAT", help="csv, parquet, tensorboard, wandb or mlflow.")
+@click.option("-o", "path", metavar="PATH", help="The folder to make (default: <run>-<format> in the current folder).")
+@click.option("--force", is_flag=True, help="Replace an earlier export at PATH.")
+def export(*, run: str | None, to: str, path: str | None, force: bool) -> int:
+    """Write all that RUN recorded in another format: an id, the beginning of one, or a path; the latest by default.
+
+    Nothing is sent anywhere. Steps that were rolled up appear at the last step of their span, with their median.
+    """
+    from isograd._export_run import export_run
+    from isograd._runs import find_run, read_run
+    from isograd._terminal import write
+
+    opened = read_run(find_run(run, _settings().out))
+    made = export_run(opened, to=to, path=None if path is None else Path(path), force=force)
+    if opened.damage:
+        click.echo(f"isograd: {opened.damage}; what could be read of it was exported.", err=True)
+    write(f"{made.path}\nTo read it: {made.reading}\n", sys.stdout)
     return 0
 
 
@@ -447,7 +554,17 @@ def _diagnosed(recorded: Run | str | Path | None, settings: Settings) -> tuple[R
 
 
 def _show_verdict(opened: Run, diagnosis: Diagnosis, *, file: Any, verbose: bool) -> None:
+    from isograd._capsule import list_capsules
+    from isograd._report import captured
+    from isograd._terminal import write
+
     _show(diagnosis, opened.histories, file=file, verbose=verbose)
+    capsules = list_capsules(opened.path)
+    if capsules:
+        command = opened.meta.get("command") or [""]
+        # A session at a prompt or in a notebook has no script that could run again.
+        is_script = command[0] == "-m" or Path(command[0]).is_file()
+        write(captured(capsules, command if is_script else ["SCRIPT"]), file)
 
 
 def _show(diagnosis: Diagnosis, histories: Sequence[History], *, file: Any, verbose: bool) -> None:

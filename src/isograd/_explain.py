@@ -21,47 +21,59 @@ from isograd.remedies import REMEDIES
 from isograd.rules import RULES
 
 
-def explain(name: str) -> RenderableType:
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Paragraphs under a heading, which is "" where there is none."""
+
+    heading: str = ""
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What there is to say of a name. `kind`: "symptom", "cause, data", "remedy, tried by isograd", "statistic, …"."""
+
+    name: str
+    kind: str
+    sections: tuple[Section, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = is_plain(console, options)
+        yield Text.assemble((self.name, "bold"), f"   {self.kind}")
+        for section in self.sections:
+            yield Text(f"\n{section.heading}" if section.heading else "", style="bold")
+            indent = (0, 0, 0, 2 if section.heading else 0)
+            yield from (Padding(said(paragraph, plain=plain), indent) for paragraph in section.paragraphs)
+
+
+def explain(name: str) -> Page:
     """The page of a symptom, cause, remedy or statistic. Raises UnknownName, with the nearest names, for others."""
     key = name.strip().lower()
     if key.replace("_", "-") in RULES:
-        return RulePage(rule=RULES[key.replace("_", "-")])
+        return _rule_page(RULES[key.replace("_", "-")])
     if key.replace("_", "-") in REMEDIES:
-        return RemedyPage(remedy=REMEDIES[key.replace("_", "-")])
+        return _remedy_page(REMEDIES[key.replace("_", "-")])
     if key.replace("-", "_") in STATISTICS:
-        return StatisticPage(statistic=STATISTICS[key.replace("-", "_")])
+        return _statistic_page(STATISTICS[key.replace("-", "_")])
     known, everything = [*RULES, *REMEDIES, *STATISTICS], f"; symptoms and causes are {', '.join(RULES)}"
     raise UnknownName(f"{name!r} is no symptom, cause, remedy or statistic{nearest(key, known, otherwise=everything)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RulePage:
+def _rule_page(rule: type[Rule]) -> Page:
     """A rule's docstring under its name and stage, and its options with their defaults."""
-
-    rule: type[Rule]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        plain = is_plain(console, options)
-        name, stage = self.rule.rule_name(), self.rule.stage
-        yield Text.assemble((name, "bold"), f"   {'symptom' if stage == 'symptom' else f'cause, {stage}'}")
-        yield from _page(self.rule, plain)
-        yield from _options(self.rule, f"in [tool.isograd.rules.{name}] of pyproject.toml")
+    name = rule.rule_name()
+    kind = "symptom" if rule.stage == "symptom" else f"cause, {rule.stage}"
+    options = _options(rule, f"in [tool.isograd.rules.{name}] of pyproject.toml")
+    return Page(name=name, kind=kind, sections=(*_sections(rule), *options))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemedyPage:
+def _remedy_page(remedy: type[Remedy]) -> Page:
     """A remedy's docstring under its name, the causes that it treats, and its options with their defaults."""
-
-    remedy: type[Remedy]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        plain, name = is_plain(console, options), self.remedy.remedy_name()
-        yield Text.assemble((name, "bold"), f"   remedy, {_APPLICABILITY[self.remedy.applicability]}")
-        yield from _page(self.remedy, plain)
-        yield Text()
-        yield said(f"Treats: {', '.join(self.remedy.treats)}.", plain=plain)
-        if self.remedy.applicability != "advice":
-            yield from _options(self.remedy, f"as in --apply {name}:option=value")
+    name = remedy.remedy_name()
+    treats = Section(paragraphs=(f"Treats: {', '.join(remedy.treats)}.",))
+    options = _options(remedy, f"as in --apply {name}:option=value") if remedy.applicability != "advice" else ()
+    kind = f"remedy, {_APPLICABILITY[remedy.applicability]}"
+    return Page(name=name, kind=kind, sections=(*_sections(remedy), treats, *options))
 
 
 _APPLICABILITY = {
@@ -71,56 +83,42 @@ _APPLICABILITY = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class StatisticPage:
+def _statistic_page(statistic: Statistic) -> Page:
     """What a statistic means, when it is read, how exact it is and which rules need it."""
-
-    statistic: Statistic
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        statistic, plain = self.statistic, is_plain(console, options)
-        unit = f", in {statistic.unit}" if statistic.unit != "1" else ""
-        yield Text.assemble((statistic.name, "bold"), f"   statistic, one reading per {statistic.axis}{unit}\n")
-        yield said(statistic.meaning, plain=plain)
-        yield Text()
-        yield Text(f"Read: {'every step' if statistic.tier == 'cheap' else 'at deep steps'}. Error: {statistic.error}.")
-        users = sorted(name for name, rule in RULES.items() if statistic.name in rule.needs)
-        if users:
-            yield Text(f"Needed by: {', '.join(users)}.")
+    unit = f", in {statistic.unit}" if statistic.unit != "1" else ""
+    read = f"Read: {'every step' if statistic.tier == 'cheap' else 'at deep steps'}. Error: {statistic.error}."
+    users = sorted(name for name, rule in RULES.items() if statistic.name in rule.needs)
+    needed = (f"Needed by: {', '.join(users)}.",) if users else ()
+    return Page(
+        name=statistic.name,
+        kind=f"statistic, one reading per {statistic.axis}{unit}",
+        sections=(Section(paragraphs=(statistic.meaning,)), Section(paragraphs=(read, *needed))),
+    )
 
 
-def _page(entry: type[Rule | Remedy], plain: bool) -> Iterator[RenderableType]:
-    for heading, paragraphs in _sections(inspect.getdoc(entry) or ""):
-        yield Text(f"\n{heading}" if heading else "", style="bold")
-        yield from (Padding(said(p, plain=plain), (0, 0, 0, 2 if heading else 0)) for p in paragraphs)
-
-
-def _options(entry: type[Rule | Remedy], where: str) -> Iterator[RenderableType]:
+def _options(entry: type[Rule | Remedy], where: str) -> tuple[Section, ...]:
     defaults = [f"{f.name} = {f.default!r}" for f in fields(entry) if f.default is not MISSING]  # type: ignore[arg-type]
-    if defaults:
-        yield Text()
-        yield Text(f"Options, {where}", style="bold")
-        yield from (Padding(Text(default), (0, 0, 0, 2)) for default in defaults)
+    return (Section(heading=f"Options, {where}", paragraphs=tuple(defaults)),) if defaults else ()
 
 
-def _sections(docstring: str) -> Iterator[tuple[str, list[str]]]:
-    """Heading and paragraphs of each block; a heading is a line above indented ones, "" where there is none.
+def _sections(entry: type[Rule | Remedy]) -> Iterator[Section]:
+    """The blocks of a docstring; a heading is a line above indented ones.
 
     Lines are joined, so that the page fits every width; `option: …` begins a paragraph of its own.
     """
-    for block in docstring.split("\n\n"):
+    for block in (inspect.getdoc(entry) or "").split("\n\n"):
         heading, *body = block.splitlines()
         if body and all(line.startswith(" ") for line in body):
-            yield heading, _joined(body)
+            yield Section(heading=heading, paragraphs=_joined(body))
         else:
-            yield "", _joined([heading, *body])
+            yield Section(paragraphs=_joined([heading, *body]))
 
 
-def _joined(lines: Sequence[str]) -> list[str]:
+def _joined(lines: Sequence[str]) -> tuple[str, ...]:
     paragraphs: list[str] = []
     for line in map(str.strip, lines):
         if not paragraphs or re.match(r"[a-z][a-z_]*: ", line):
             paragraphs.append(line)
         else:
             paragraphs[-1] += f" {line}"
-    return paragraphs
+    return tuple(paragraphs)
