@@ -206,6 +206,8 @@ class Training:
 
     def _listen(self):
         for line in self.process.stdout:
+            if not line.endswith("\n"):
+                break  # it was killed while it wrote
             step, when = line.split()
             self.steps[int(step)] = float(when)
 

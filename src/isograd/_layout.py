@@ -242,7 +242,7 @@ def _as_slice(places: Integers) -> slice | Integers:
 
 
 def _divided(places: Integers, pieces: Pieces) -> list[Integers]:
-    return np.split(places, np.cumsum([len(indices) for indices, _ in pieces])[:-1])
+    return np.split(places, np.cumsum([len(indices) for indices, _ in pieces])[:-1]) if pieces else []
 
 
 def is_count(statistic: str) -> bool:

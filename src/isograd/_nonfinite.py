@@ -128,14 +128,9 @@ def _first(
     for row in np.flatnonzero((counts > 0).any(axis=1)):
         step, counted = int(series.steps[row]), counts[row, order] > 0
         if step not in skipped and counted.any():
-            column = int(np.argmax(counted))
-            yield Place(
-                step=step,
-                kind=kind,
-                statistic=statistic,
-                count=float(counts[row, column]),
-                name=names[int(order[column])],
-            )
+            column = int(order[np.argmax(counted)])
+            count = float(counts[row, column])
+            yield Place(step=step, kind=kind, statistic=statistic, count=count, name=names[column])
             return
 
 

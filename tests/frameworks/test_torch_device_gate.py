@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -23,6 +24,15 @@ FUSED = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """What other tests have left behind is not looked through for models at the beginning of every training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Training:
