@@ -88,6 +88,7 @@ saturating-activations. Watch overhead 0.6 %.
 Worth knowing, no alarm: loss-spike.
 Could not look: dead-units.
 All of it: isograd diagnose 20300101-train -v
+To look at: isograd report 20300101-train
 """
         == text
     )

@@ -168,6 +168,8 @@ class Verdict:
             yield f"Could not look: {listed(blind, 3)}."
         if self.diagnosis.run and (causes or notes or blind):
             yield f"All of it: isograd diagnose {self.diagnosis.run} -v"
+        if self.diagnosis.run and not self.diagnosis.healthy:
+            yield f"To look at: isograd report {self.diagnosis.run}"
 
     def _unmeasured(self) -> Iterator[str]:
         missed = self.diagnosis.unmeasured
