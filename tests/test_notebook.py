@@ -1,6 +1,5 @@
 """Cards in notebooks: complete, escaped, self-contained; one that lives in a real kernel, and costs no bit."""
 
-import importlib.util
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -190,8 +189,6 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    if importlib.util.find_spec("ipykernel") is None:
-        pytest.skip("ipykernel is not installed")
     from jupyter_client.manager import KernelManager
 
     manager = KernelManager(kernel_name="python3")
@@ -324,8 +321,6 @@ def test_no_notebook_no_card(tmp_path, capsys):
 
 def test_a_terminal_of_ipython_gets_no_card():
     """IPython without a kernel cannot replace what it printed: nothing is printed."""
-    if importlib.util.find_spec("IPython") is None:
-        pytest.skip("IPython is not installed")
     from IPython.core.interactiveshell import InteractiveShell
 
     InteractiveShell.instance()

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -324,6 +325,32 @@ def test_events_are_sentences_and_many_of_a_kind_are_one():
     assert told[-1]["text"].startswith("900 more of the same kind until step 999.")
     assert {event["level"] for event in told} == {"info", "warning"}
     assert any(event["layer"] == "<script>" for event in told)
+
+
+@pytest.mark.parametrize(
+    "memory, told",
+    [
+        (None, "Each of the guard's snapshots takes "),
+        (64, "Not guarded: A snapshot takes "),
+    ],
+)
+def test_what_a_guard_says_of_its_snapshots(tmp_path, memory, told):
+    """Bytes are told as megabytes, and a sentence that a sentence ends with has one full stop."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    with isograd.watch(model, optimizer, out=tmp_path, guard=isograd.Guard(rewind=True, memory=memory)) as run:
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    (history,) = read_run(run.path).histories
+    (text,) = [occurrence(e)[1] for e in history.events if e.kind in ("snapshots", "guard-refused")]
+
+    assert text.startswith(told)
+    assert text.endswith(".")
+    assert not text.endswith("..")
+    sizes = [float(size) for size in re.findall(r"([\d.]+) MB", text)]
+    assert memory or sizes[0] < 1 < sizes[1] < 1e6
 
 
 KINDS = (

@@ -77,10 +77,8 @@ def interventions(history: History) -> Iterator[str]:
         if events:
             steps = f"step {events[0].step}" if len(events) == 1 else f"{len(events)} steps, the first {events[0].step}"
             yield f"{done}: {steps}: {_why(events[0])}."
-    for event in history.events_of("rewound"):
-        yield f"Rewound at step {event.step}, by {event.data.get('steps', 'some')} steps."
-    for event in history.events_of("guard-refused"):
-        yield f"Not guarded: {event.data.get('why', '')}."
+    for kind in ("rewound", "guard-refused"):
+        yield from (occurrence(event)[1] for event in history.events_of(kind))
 
 
 def occurrence(event: Event) -> tuple[Level, str]:
@@ -189,9 +187,9 @@ def _unfinished(event: Event) -> tuple[Level, str]:
 
 
 def _snapshots(event: Event) -> tuple[Level, str]:
-    size = event.data.get("bytes")
-    held = f" of {size / 1e6:.1f} MB each" if isinstance(size, (int, float)) else ""
-    return "info", f"The guard holds {event.data.get('limit', 'some')} snapshots{held}."
+    sizes = [event.data.get(name) for name in ("bytes", "limit")]
+    each, limit = (f"{size / 1e6:.1f} MB" if isinstance(size, (int, float)) else "some memory" for size in sizes)
+    return "info", f"Each of the guard's snapshots takes {each}, all of them together at most {limit}."
 
 
 def _guard_detached(event: Event) -> tuple[Level, str]:
@@ -203,7 +201,7 @@ def _rewound(event: Event) -> tuple[Level, str]:
 
 
 def _guard_refused(event: Event) -> tuple[Level, str]:
-    return "warning", f"Not guarded: {event.data.get('why', '')}."
+    return "warning", f"Not guarded: {str(event.data.get('why', '')).rstrip('.')}."
 
 
 def _unknown(event: Event) -> tuple[Level, str]:
