@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs bench cases repairs zoo clean
+.PHONY: demo test lint docs bench cases cases-keras keras repairs zoo clean
 
 demo: .venv/demo
 	@$(BIN)/isograd demo
@@ -18,6 +18,10 @@ lint: .venv/dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
+# Everything of Keras on each of its backends; `make test` runs what takes long there on one of them.
+keras: .venv/dev
+	@KERAS_SUITES=all $(BIN)/python -m pytest tests/frameworks/keras
+
 # The documentation as a site that needs no network, in site/.
 docs: .venv/dev
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
@@ -26,6 +30,10 @@ docs: .venv/dev
 # `make cases RESCORE=1` judges what was recorded before by the rules as they are now.
 cases: .venv/dev
 	@$(BIN)/python cases/score.py $(if $(RESCORE),--rescore)
+
+# The same for the Keras programs, of which a few are run on JAX and the others on TensorFlow.
+cases-keras: .venv/dev
+	@$(BIN)/python cases/score.py --keras $(if $(RESCORE),--rescore)
 
 # What `isograd fix` makes of the faulty programs; after `make cases`.
 repairs: .venv/dev

@@ -32,7 +32,7 @@ from paired import Floats, bootstrap, interleave, median_difference, median_rati
 import isograd
 
 HERE = Path(__file__).parent
-PACKAGES = ("isograd", "torch", "numpy", "wandb", "tensorboard", "lightning")
+PACKAGES = ("isograd", "torch", "numpy", "keras", "tensorflow_cpu", "jax", "wandb", "tensorboard", "lightning")
 BASE = "unwatched"
 
 # A second unwatched copy shows what the method itself resolves: its ratio is 1 but for noise.
@@ -116,6 +116,19 @@ def measure_cnn(folder: Path, scale: float) -> list[dict[str, Any]]:
 def measure_lstm(folder: Path, scale: float) -> list[dict[str, Any]]:
     """The LSTM language model."""
     return compare(interleave(workloads.lstm, OURS, folder=folder, seconds=70 * scale, warm_up=WARM_UP))
+
+
+def measure_keras(_folder: Path, scale: float) -> list[dict[str, Any]]:
+    """`fit` of a CNN in Keras on its three backends, each in a process of its own."""
+    rows = []
+    for backend in ("tensorflow", "jax", "torch"):
+        command = [sys.executable, str(HERE / "keras_fit.py"), "--seconds", str(120 * scale)]
+        environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        times = {name: np.array(seconds) for name, seconds in found.pop("times").items()}
+        rows.append({**found, "rows": compare(times)})
+    return rows
 
 
 def measure_tensors(folder: Path, scale: float) -> list[dict[str, Any]]:
@@ -346,6 +359,7 @@ SECTIONS: dict[str, Callable[[Path, float], Any]] = {
     "lstm": measure_lstm,
     "guard": measure_guard,
     "serve": measure_serve,
+    "keras": measure_keras,
     "tensors": measure_tensors,
     "size": measure_size,
     "preflight": measure_preflight,
@@ -428,6 +442,21 @@ def sizes(rows: list[dict[str, Any]]) -> str:
     return table(["", "tensors", "MB per 1,000 steps"], body)
 
 
+def keras_title(found: dict[str, Any]) -> str:
+    """Which program was timed on which backend."""
+    size = f"{found['parameters'] / 1e6:.1f} M parameters"
+    return f"Keras {found['keras']} on {found['backend']}: CNN, {size}, batch 64, Adam"
+
+
+def keras_words(found: dict[str, Any]) -> str:
+    """What compiling costs once."""
+    seconds = found["compile_seconds"]
+    return (
+        f"`fit`, in epochs of 4 batches. The first epoch takes {seconds['unwatched']:.1f} s longer than the later ones "
+        f"unwatched and {seconds['isograd, default']:.1f} s watched, where both steps are compiled."
+    )
+
+
 def preflights(rows: list[dict[str, Any]]) -> str:
     """The table of what a preflight costs."""
     head = ["", "ms a step", "preflight, in steps", "with the sharpness, in steps"]
@@ -457,6 +486,10 @@ def report(figures: dict[str, Any]) -> str:
         "lstm": "LSTM language model, 6.8 M parameters, 16 x 64 tokens, Adam",
     }
     parts += [f"## {title}\n\n{ratios(figures[name])}" for name, title in titles.items() if name in figures]
+    if "keras" in figures:
+        parts += [
+            f"## {keras_title(found)}\n\n{keras_words(found)}\n\n{ratios(found['rows'])}" for found in figures["keras"]
+        ]
     if "guard" in figures:
         parts.append(f"## Guard, on the GPT above\n\nHere ratios are to the watched run.\n\n{ratios(figures['guard'])}")
     if "serve" in figures:

@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Literal
 
 PROGRAMS = Path(__file__).parent / "programs"
+KERAS = PROGRAMS / "keras"
 
 Variant = Literal["faulty", "fixed", "healthy"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One file in `programs/`.
+    """One file in `programs/` or `programs/keras/`.
 
     `accepted`: the causes that count as right, most exact first; a control has none. `harmless`: the program looks
     broken and trains all the same, so that a warning is welcome and an error is wrong. `unreachable`: why nothing but
-    another source can repair it; "" where a change from outside may.
+    another source can repair it; "" where a change from outside may. `backend`: on which the program is run with Keras;
+    "" for a PyTorch program.
     """
 
     name: str
     accepted: tuple[str, ...] = ()
     harmless: bool = False
     unreachable: str = ""
+    backend: str = ""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -34,7 +37,7 @@ class Case:
     @property
     def script(self) -> Path:
         """The program's file."""
-        return PROGRAMS / f"{self.name}.py"
+        return (KERAS if self.backend else PROGRAMS) / f"{self.name}.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +69,16 @@ class Job:
 
 
 def read_cases(folder: Path = PROGRAMS) -> tuple[Case, ...]:
-    """Every program in `folder`, in alphabetical order; files that begin with an underscore are none.
+    """Every PyTorch program in `folder`, in alphabetical order; files that begin with an underscore are none.
 
     Raises ValueError for a program that does not say what is accepted.
     """
     return tuple(_read(path) for path in sorted(folder.glob("[!_]*.py")))
+
+
+def read_keras_cases(folder: Path = KERAS) -> tuple[Case, ...]:
+    """The same of Keras programs. They are run on TensorFlow; a fault that is none there names its BACKEND."""
+    return tuple(_read(path, backend="tensorflow") for path in sorted(folder.glob("[!_]*.py")))
 
 
 def jobs_of(cases: tuple[Case, ...], seeds: tuple[int, ...]) -> tuple[Job, ...]:
@@ -80,7 +88,7 @@ def jobs_of(cases: tuple[Case, ...], seeds: tuple[int, ...]) -> tuple[Job, ...]:
     )
 
 
-def _read(path: Path) -> Case:
+def _read(path: Path, *, backend: str = "") -> Case:
     constants = {
         target.id: node.value
         for node in ast.parse(path.read_text(encoding="utf-8")).body
@@ -95,4 +103,5 @@ def _read(path: Path) -> Case:
         accepted=tuple(ast.literal_eval(constants["ACCEPTED"])),
         harmless="HARMLESS" in constants and bool(ast.literal_eval(constants["HARMLESS"])),
         unreachable=ast.literal_eval(constants["UNREACHABLE"]) if "UNREACHABLE" in constants else "",
+        backend=ast.literal_eval(constants["BACKEND"]) if "BACKEND" in constants else backend,
     )

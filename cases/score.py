@@ -3,6 +3,7 @@
 python cases/score.py                      # seeds 0, 1 and 2, recorded anew
 python cases/score.py --rescore            # what was recorded before, judged by the rules as they are now
 python cases/score.py --seeds 0 --only vgg # some programs: their lines, no files
+python cases/score.py --keras              # those of programs/keras/, into RESULTS-keras.md and results-keras.json
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import tables
 from baselines import BASELINES
-from catalog import Case, Job, jobs_of, read_cases
+from catalog import Case, Job, jobs_of, read_cases, read_keras_cases
 from judge import Outcome, judge
 from record import record
 from scoreboard import baseline_score, calibration, given, score
@@ -59,7 +60,7 @@ def results(outcomes: Sequence[Outcome], cases: dict[str, Case]) -> dict[str, An
     return {
         "schema": 1,
         "isograd": version("isograd"),
-        "torch": version("torch"),
+        **{name: version(name) for name in tables.frameworks(cases)},
         "machine": platform.machine(),
         "seeds": seeds,
         "score": {name: asdict(found) | {"rates": found.rates} for name, found in scores.items()},
@@ -73,7 +74,8 @@ def results(outcomes: Sequence[Outcome], cases: dict[str, Case]) -> dict[str, An
 def main() -> int:
     """Record, judge, print, write; 0, or 1 when a program did not run."""
     options = _options()
-    cases = {case.name: case for case in read_cases() if any(part in case.name for part in options.only)}
+    every = read_keras_cases() if options.keras else read_cases()
+    cases = {case.name: case for case in every if any(part in case.name for part in options.only)}
     if not cases:
         print(f"no program is called {' or '.join(options.only)}", file=sys.stderr)
         return 2
@@ -91,30 +93,33 @@ def main() -> int:
         print(f"{missing} runs are missing: record them without --rescore", file=sys.stderr)
         return 1
     if options.only == [""]:
-        _write(options.out, outcomes, cases)
+        _write(options.out, outcomes, cases, ending="-keras" if options.keras else "")
     return 1 if problems else 0
 
 
-def _write(folder: Path, outcomes: Sequence[Outcome], cases: dict[str, Case]) -> None:
+def _write(folder: Path, outcomes: Sequence[Outcome], cases: dict[str, Case], *, ending: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(results(outcomes, cases), indent=1, allow_nan=False) + "\n"
-    (folder / "results.json").write_text(content, encoding="utf-8")
-    (folder / "RESULTS.md").write_text(tables.document(outcomes, cases), encoding="utf-8")
+    (folder / f"results{ending}.json").write_text(content, encoding="utf-8")
+    (folder / f"RESULTS{ending}.md").write_text(tables.document(outcomes, cases), encoding="utf-8")
     readme = HERE.parent / "README.md"
-    if folder == HERE:
+    if folder == HERE and not ending:
         text = readme.read_text(encoding="utf-8")
         readme.write_text(tables.replaced(text, tables.readme(outcomes, cases)), encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keras", action="store_true", help="the Keras programs in place of the PyTorch programs")
     parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2), metavar="0,1,2")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[""], metavar="PART,…")
     parser.add_argument("--rescore", action="store_true", help="judge what was recorded before")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--root", type=Path, default=ROOT, help="where runs are kept (default: cases/runs)")
+    parser.add_argument("--root", type=Path, help="where runs are kept (default: cases/runs, cases/runs/keras)")
     parser.add_argument("--out", type=Path, default=HERE, help="where the tables go (default: cases)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.root = options.root or (ROOT / "keras" if options.keras else ROOT)
+    return options
 
 
 def _numbers(text: str) -> tuple[int, ...]:

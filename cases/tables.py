@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from baselines import BASELINES
-from catalog import Case
+from catalog import PROGRAMS, Case
 from judge import Outcome
 from scoreboard import (
     Bin,
@@ -61,7 +61,8 @@ def document(outcomes: Sequence[Outcome], cases: Cases) -> str:
     """RESULTS.md."""
     parts = [
         "# What isograd says of programs whose faults are known",
-        f"Written by `make cases`: {_programs(outcomes, cases)}.",
+        f"Written by `{'make cases-keras' if _is_keras(cases) else 'make cases'}`: {_programs(outcomes, cases)}.",
+        *([_BACKENDS] if _is_keras(cases) else []),
         _comparison(outcomes, cases),
         _EXPLANATION,
         f"## Per seed\n\n{_per_seed(outcomes, cases)}",
@@ -70,20 +71,34 @@ def document(outcomes: Sequence[Outcome], cases: Cases) -> str:
         f"## Confusion by family\n\n{_confusion(outcomes, cases)}",
         f"## Faulty programs\n\n{_faulty(outcomes, cases)}",
         f"## Alarms about fixed and healthy programs\n\n{_noise(outcomes)}",
-        _machine(),
+        _machine(cases),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine() -> str:
-    versions = f"isograd {version('isograd')}, torch {version('torch')}, Python {platform.python_version()}"
-    return f"## Machine\n\n- {versions}, {platform.machine()}, {os.cpu_count()} cores"
+def frameworks(cases: Cases) -> tuple[str, ...]:
+    """The distributions that the programs run on."""
+    return ("keras", "tensorflow-cpu", "jax") if _is_keras(cases) else ("torch",)
 
+
+def _machine(cases: Cases) -> str:
+    versions = [f"{name} {version(name)}" for name in ("isograd", *frameworks(cases))]
+    python = f"Python {platform.python_version()}"
+    return f"## Machine\n\n- {', '.join([*versions, python, platform.machine()])}, {os.cpu_count()} cores"
+
+
+def _is_keras(cases: Cases) -> bool:
+    return any(case.backend for case in cases.values())
+
+
+_BACKENDS = """\
+They run on TensorFlow, but for those marked otherwise. On TensorFlow, Keras computes a cross-entropy of a softmax or
+sigmoid from what had entered it: there, these faults do no harm to the training."""
 
 _EXPLANATION = """\
 *Detected*: a faulty program gets a cause at level warning or error. *Silent*: the fixed program gets none. *Pair
 right*: both. *First cause*, *first three*: an accepted cause of the fault is the first alarm, or among the first three;
-for the two faults that turn out harmless only if no alarm is an error. *Median steps*: steps seen when the first alarm
+for faults that turn out harmless only if no alarm is an error. *Median steps*: steps seen when the first alarm
 is given, over detected programs: the record is cut after 1, 2, 3, 5, 10 … steps, diagnosed as if the run ended there,
 and the gap before the first alarm is halved until the step is known (that the run is too short is no alarm before its
 end). *Never an alarm*: fixed and healthy programs of which no such cut gave an alarm, as somebody who watches the run
@@ -200,7 +215,7 @@ def _faulty(outcomes: Sequence[Outcome], cases: Cases) -> str:
             by_case.setdefault(outcome.case, []).append(outcome)
     rows = [
         [
-            f"[{name}](programs/{name}.py)",
+            _link(cases[name]),
             ", ".join(cases[name].accepted),
             " ".join(_mark(outcome, cases[name]) for outcome in found),
             " ".join(str(outcome.alarm_after or "–") for outcome in found),
@@ -209,6 +224,11 @@ def _faulty(outcomes: Sequence[Outcome], cases: Cases) -> str:
         for name, found in by_case.items()
     ]
     return _table(("program", "accepted", "per seed", "steps seen", "named"), rows)
+
+
+def _link(case: Case) -> str:
+    link = f"[{case.name}]({case.script.relative_to(PROGRAMS.parent).as_posix()})"
+    return f"{link} on {case.backend}" if case.backend not in {"", "tensorflow"} else link
 
 
 def _noise(outcomes: Sequence[Outcome]) -> str:

@@ -51,6 +51,13 @@ def diagnosis(folder: Path) -> dict:
 
 
 PROGRAMS = {
+    "an executor that is never shut down": """
+        from concurrent.futures import ThreadPoolExecutor
+        import time
+        pool = ThreadPoolExecutor(2)
+        pool.submit(lambda: (time.sleep(0.3), print("late")))
+        print("first")
+        """,
     "what a script sees of itself": """
         import sys, os
         print(__name__, __file__, sys.argv, sys.path[0], __spec__, __package__, __doc__, __cached__)

@@ -18,6 +18,7 @@ import isograd
 from isograd import _watch
 from isograd._record import RunFile
 from isograd._schedule import Schedule
+from isograd.frameworks import _names
 from isograd.frameworks.torch import _calls, _describe, _kernels, _nonfinite, _taps, _trace
 from isograd.frameworks.torch._observe import Observer
 from isograd.frameworks.torch._parameters import ParameterReading
@@ -55,7 +56,7 @@ POINTS = {
     "schedule-observe": (Schedule, "observe"),
     "schedule-is_deep": (Schedule, "is_deep"),
     "subscribe": (_taps, "subscribe"),
-    "names": (_describe, "variable_name"),
+    "names": (_names, "variable_name"),
 }
 
 # Only called when the watch begins, or only at the first steps: no later step can fail there.

@@ -6,8 +6,8 @@ closed union: a framework that meets a change it cannot express says so in a sen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 ClipMethod = Literal["value", "norm", "tensor-norm", "adaptive", "percentile", "z-score"]
 ScheduleShape = Literal["constant", "warm-up", "linear", "step", "exponential", "inverse-sqrt", "cosine", "plateau"]
@@ -265,3 +265,8 @@ Change = (
     | SkipBadSteps
 )
 """Everything that can be changed."""
+
+
+def to_dict(change: Change) -> dict[str, Any]:
+    """A change as plain values: its type and its fields."""
+    return {"change": type(change).__name__, **asdict(change)}

@@ -109,7 +109,7 @@ def _ratios(history: History, columns: NDArray[np.int64], norms: Floats, output:
         if index is None or kind not in CALIBRATED or not np.isfinite(q):
             continue
         parameter = history.parameters[index]
-        fan_in = here.fan_in or parameter.size // max(1, parameter.shape[0])
+        fan_in = here.fan_in or parameter.size // max(1, history.units_of(parameter))
         std = float(norms[index]) / max(1, parameter.size) ** 0.5
         if std > 0 and fan_in > 0:
             ratios[place] = std / critical_std(kind, fan_in, _rounded(q))

@@ -157,6 +157,14 @@ class History:
         """Optimizer steps seen: one more than the last recorded step number."""
         return 1 + max((int(s.steps[-1]) for s in self.series.values() if len(s)), default=-1)
 
+    def units_of(self, parameter: Parameter) -> int:
+        """How many units a weight has: those of its layer, where one of its axes has as many, else its first axis.
+
+        Frameworks differ in which axis of a weight its units are: PyTorch has the first, Keras the last one.
+        """
+        units = next((layer.units for layer in self.layers if layer.name == parameter.layer), 0)
+        return units if units in parameter.shape else (*parameter.shape, 1)[0]
+
     def events_of(self, kind: str) -> tuple[Event, ...]:
         """Events of one kind, in order."""
         return tuple(event for event in self.events if event.kind == kind)

@@ -19,11 +19,13 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isograd._changes import Change
 from isograd._errors import BadStep, ScriptError
+from isograd.frameworks import WATCHED, load, with_companions
 
 if TYPE_CHECKING:
     from isograd._guard import Guard
@@ -172,38 +174,47 @@ class _Session:
     def __init__(self, plan: _Plan) -> None:
         self._plan = plan
         self._watch: Watch | None = None
-        self._finder: _ImportHook | None = None
+        self._finders: list[_ImportHook] = []
         self._progress: Any = None
-        self._is_over = False
         self.refusal = ""
 
     def attach_at_import(self) -> None:
-        """Watch as soon as torch has been imported, or at once if it has been already."""
-        if "torch" in sys.modules:
-            self._attach()
-            return
-        self._finder = _ImportHook("torch", self._attach)
-        sys.meta_path.insert(0, self._finder)
+        """Watch as soon as a framework has been imported, or at once if it has been already."""
+        for module, framework in WATCHED.items():
+            if module in sys.modules:
+                self._attach(framework)
+            else:
+                self._finders.append(_ImportHook(module, partial(self._attach, framework)))
+                sys.meta_path.insert(0, self._finders[-1])
 
-    def _attach(self) -> None:
+    def _attach(self, framework: str) -> None:
         try:
-            self._start()
+            self._seed(framework)
+            for name in with_companions(framework):
+                if self._watch is None:
+                    self._start(name)
+                else:
+                    self._watch.join(name)
         except Exception as error:  # whatever it is, the script must run
             print(f"isograd: cannot watch this run: {type(error).__name__}: {error}", file=sys.stderr)
 
-    def _start(self) -> None:
+    def _seed(self, framework: str) -> None:
+        if framework == "jax":
+            return  # whose programs make keys of seeds of their own
+        if self._plan.seed is not None:
+            load(framework).seed_generators(self._plan.seed)
+        if self._plan.seed_shift is not None:
+            load(framework).shift_seeds(self._plan.seed_shift)
+
+    def _start(self, framework: str) -> None:
         from isograd._progress import Progress
         from isograd._watch import Watch
-        from isograd.frameworks.torch import rank, seed_generators, shift_seeds, wrap_spawned
 
         plan = self._plan
-        if plan.seed is not None:
-            seed_generators(plan.seed)
-        if plan.seed_shift is not None:
-            shift_seeds(plan.seed_shift)
         self._watch = Watch(
             (),
             (),
+            framework=framework,
             out=self._plan.out,
             every=self._plan.every,
             budget=self._plan.budget,
@@ -219,13 +230,15 @@ class _Session:
             on_refusal=self._refuse,
             guard=self._plan.guard,
         )
-        wrap_spawned(lambda function: function if isinstance(function, _Spawned) else _Spawned(function, plan))
-        if rank() == 0 and not self._plan.rank:
+        if framework == "torch":
+            from isograd.frameworks.torch import wrap_spawned
+
+            wrap_spawned(lambda function: function if isinstance(function, _Spawned) else _Spawned(function, plan))
+        if self._watch.reports and not self._plan.rank:
             self._progress = Progress(total=self._plan.steps)
             self._progress.start()
 
     def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
-        self._is_over = self._plan.steps is not None and step + 1 >= self._plan.steps
         if self._progress is not None and self._watch is not None:
             shown = readings["loss"], readings["global_grad_norm"], self._watch.overhead
             self._progress.update(step, *shown, deep=self._watch.deep_step)
@@ -236,7 +249,7 @@ class _Session:
     def _end_if_over(self) -> None:
         if self.refusal:
             raise RunEnded(_CANNOT)
-        if self._is_over:
+        if self._plan.steps is not None and self._watch is not None and self._watch.taken >= self._plan.steps:
             raise RunEnded(0)
 
     def close(self, error: BaseException | None) -> tuple[Path | Run | None, int]:
@@ -245,8 +258,9 @@ class _Session:
         Returns where it is, or the run itself where no folder could be written (None on ranks that report nothing),
         and the number of steps seen.
         """
-        if self._finder is not None and self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
+        for finder in self._finders:
+            if finder in sys.meta_path:
+                sys.meta_path.remove(finder)
         if self._progress is not None:
             self._progress.stop()
         if self._watch is None:
@@ -263,18 +277,23 @@ class _ImportHook(importlib.abc.MetaPathFinder):
     """Calls back once, right after a module has been imported for the first time."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self._name, self._then = name, then
+        self._name, self._then, self._is_looking = name, then, False
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_looking = False
         if spec is None or spec.loader is None:
             return None
         execute, then = spec.loader.exec_module, self._then
 
         def exec_module(module: types.ModuleType) -> None:
+            if self in sys.meta_path:  # not before: to ask whether there is a module imports none
+                sys.meta_path.remove(self)
             execute(module)
             then()
 
@@ -419,6 +438,10 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _join_threads() -> None:
+    """Wait for the script's threads, as Python does at its end: first for those of executors, which it lets go."""
+    executors = sys.modules.get("concurrent.futures.thread")
+    if executors is not None:
+        executors._python_exit()
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isograd._history import History, Layer
 from isograd._robust import median
@@ -63,13 +64,30 @@ def largest_learning_rate(history: History) -> float | None:
     return float(known.max()) if len(known) else hyperparameter(history, "lr")
 
 
-def typical_gradient_norm(history: History) -> float:
-    """Median over all steps of the global gradient norm before any clipping; NaN where it was never finite."""
+def rate_in_words(history: History) -> str:
+    """The rate of the first group at the first step as code: `lr` where it is not known."""
+    rate = first_learning_rate(history)
+    return "lr" if rate is None else f"{rate:g}"
+
+
+def keras_optimizer(history: History) -> str:
+    """What Keras calls the program's optimizer; Adam where it is not known."""
+    name = optimizer_name(history) or "Adam"
+    return {"NAdam": "Nadam", "RAdam": "Adam"}.get(name, name)
+
+
+def global_gradient_norms(history: History) -> NDArray[np.float64]:
+    """The finite global gradient norms of all steps before any clipping; empty where there are none."""
     for name in ("global_grad_norm_unclipped", "global_grad_norm"):
         if name in history:
             values = history[name].values
-            return median(values[np.isfinite(values)])
-    return float("nan")
+            return np.asarray(values[np.isfinite(values)], dtype=np.float64)
+    return np.zeros(0)
+
+
+def typical_gradient_norm(history: History) -> float:
+    """Their median; NaN where there are none."""
+    return median(global_gradient_norms(history))
 
 
 def weighted(history: History) -> list[Layer]:

@@ -65,7 +65,15 @@ class Remedy(ABC):
 
     @abstractmethod
     def code(self, history: History) -> str:
-        """Python for the user's own program: names of layers and hyperparameters are those of `history`."""
+        """PyTorch for the user's own program: names of layers and hyperparameters are those of `history`."""
+
+    @abstractmethod
+    def keras_code(self, history: History) -> str:
+        """The same for a program that trains with Keras: what it has for this, or where it does so by itself."""
+
+    def code_for(self, history: History) -> str:
+        """The code for the framework that the program was seen to train with."""
+        return self.keras_code(history) if history.meta.get("framework") == "keras" else self.code(history)
 
     def __str__(self) -> str:
         """The text that `--apply` takes: `clip-gradient-norm:max_norm=1.0`; options at their defaults are left out."""

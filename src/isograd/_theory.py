@@ -12,6 +12,7 @@ closed form, the rest by quadrature. Kinds are those of `Layer.kind`; "identity"
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -330,6 +331,22 @@ def critical_point(kind: str, *, low: float = 1e-2, high: float = 1e3) -> Critic
         low, high = (middle, high) if (gap(middle) > 0) == falling else (low, middle)
     weights = 1 / slope_square(one, low)
     return CriticalPoint(weights, low - weights * square(one, low), low)
+
+
+def critical_variances(kind: str) -> tuple[float, float]:
+    """(C_W, C_b) at which neither gradients nor signals change their size from layer to layer.
+
+    Roberts, Yaida & Hanin 2022: (1.983, 0.173) for GELU, (1.988, 0.555) for SiLU, (2, 0) for ReLU; odd activations such
+    as tanh are critical for small signals: (1, 0). Where there is no such point, the weights that keep gradients where
+    pre-activations have variance 1.
+    """
+    if kind == "identity":
+        return 1.0, 0.0
+    with contextlib.suppress(ValueError):
+        point = critical_point(kind)
+        return point.weight_variance, point.bias_variance
+    small = kind in ("tanh", "softsign", "hardtanh")
+    return critical_weight_variance(kind, 1e-6 if small else 1.0), 0.0
 
 
 def edge_of_chaos(kind: str, bias_variance: float, *, low: float = 1e-3, high: float = 20.0) -> float:

@@ -58,7 +58,8 @@ def treatment_of(texts: Sequence[str], history: History) -> Treatment:
     """
     remedies = tuple(map(parse, texts))
     changes = tuple(change for remedy in remedies for change in remedy.changes(history))
-    return Treatment(remedies=remedies, changes=changes, code="\n\n".join(remedy.code(history) for remedy in remedies))
+    code = "\n\n".join(remedy.code_for(history) for remedy in remedies)
+    return Treatment(remedies=remedies, changes=changes, code=code)
 
 
 def parse(text: str) -> Remedy:
@@ -125,7 +126,7 @@ def _resolved(remedy: Remedy, history: History, cause: str | None) -> Treatment 
             remedies=(remedy,),
             changes=remedy.changes(history),
             cause=cause,
-            code=remedy.code(history),
+            code=remedy.code_for(history),
         )
     except Inapplicable:
         return None

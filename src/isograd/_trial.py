@@ -185,7 +185,7 @@ def be_alone(out: Path) -> None:
 def _child(trial: Trial, out: Path) -> None:
     """In the new process: lead a group, be silent, train as asked."""
     from isograd._launch import launch
-    from isograd.frameworks.torch import set_threads
+    from isograd.frameworks import set_threads
 
     be_alone(out)
     set_threads(trial.threads)

@@ -25,6 +25,7 @@ from isograd._remedy import Treatment
 from isograd._rule import Options
 from isograd._runs import Run
 from isograd._schedule import Schedule
+from isograd.frameworks import framework_of, imported, load
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -81,6 +82,7 @@ class Watch:
         models: tuple[Any, ...],
         optimizers: tuple[Any, ...],
         *,
+        framework: str = "torch",
         out: Path,
         every: int,
         budget: float,
@@ -94,42 +96,82 @@ class Watch:
         guard: Guard | None = None,
         others: Sequence[object] = (),
     ) -> None:
-        from isograd.frameworks.torch import Applier, Observer, describe_run
-
         self._shield, self._guard_shield = Shield(self._detached), Shield(self._unguarded)
-        facts = {**describe_run(), "every": every, "budget": budget, "state": "running", **meta}
+        described = {"rank": 0, **load(framework).describe_run()}
+        facts = {"framework": framework, **described, "every": every, "budget": budget, "state": "running", **meta}
         self.reports = facts["rank"] == 0
         self._file = RunFile.create(out, meta=facts, on_failure=_warn, in_memory=facts["rank"] > 0)
         self._options, self._on_step = options or {}, on_step
         self._is_open = True
         self.step = 0
-        self._observer = Observer(
+        self._make_schedule: Callable[[], Schedule] = lambda: Schedule(every=every, budget=budget)
+        self._between, self._changes, self._on_refusal = between, tuple(changes), on_refusal or _warn
+        self._things = models, optimizers
+        self._untold: list[tuple[str, dict[str, Any]]] = []
+        self._parts: list[tuple[str, Any]] = []  # (framework, its observer)
+        self._appliers: list[Any] = []
+        self._started = time.perf_counter()
+        self._flight: Any = None
+        self._live: LiveCard | None = None
+        self._guard, self._guarding = guard, None
+        self._join(framework, models, optimizers, frame)
+        if guard is not None and framework == "torch":
+            self._guarding = self._begin_guarding(guard, others)
+
+    def join(self, framework: str) -> None:
+        """Watch everything that another framework trains in this process, too."""
+        facts = load(framework).describe_run()
+        self._file.set_meta(**{key: value for key, value in facts.items() if key not in ("rank", "framework")})
+        self._join(framework, (), (), None)
+        if self._guard is not None and framework == "torch":
+            self._guarding = self._begin_guarding(self._guard, ())
+
+    def _join(
+        self, framework: str, models: tuple[Any, ...], optimizers: tuple[Any, ...], frame: FrameType | None
+    ) -> None:
+        module = load(framework)
+        more: dict[str, Any] = {"on_warning": _warn} if framework in ("keras", "tensorflow") else {}
+        if self._guard is not None and framework != "torch":
+            more["guard"] = self._guard
+        observer = module.Observer(
             self._file,
             self._shield,
             models=models,
             optimizers=optimizers,
-            make_schedule=lambda: Schedule(every=every, budget=budget),
+            make_schedule=self._make_schedule,
             on_step=self._stepped,
-            between=between,
+            between=self._between,
+            **more,
         )
-        self._things = models, optimizers
-        self._untold: list[tuple[str, dict[str, Any]]] = []
-        self._appliers: list[Any] = []
-        self._started = time.perf_counter()
-        applier = Applier(changes, on_event=self._note_change, on_refusal=on_refusal or _warn)
-        if changes:
+        self._parts.append((framework, observer))
+        make = getattr(module, "Applier", None)
+        applier = None if make is None else make(self._changes, on_event=self._note_change, on_refusal=self._on_refusal)
+        if applier is not None and self._changes:
             self._appliers.append(applier)
             applier.listen()
-        self._shield.call(self._observer.attach, models, optimizers, frame)
-        applier.listen_last()
-        self._flight: Any = None
-        self._live: LiveCard | None = None
-        self._guarding = None if guard is None else self._begin_guarding(guard, others)
+        self._shield.call(observer.attach, models, optimizers, frame)
+        if applier is not None:
+            applier.listen_last()
+
+    @property
+    def _observer(self) -> Any:
+        """That of the framework whose program this is."""
+        return next((observer for _, observer in self._parts if observer.subjects), self._parts[0][1])
+
+    @property
+    def _subjects(self) -> list[str]:
+        return [name for _, observer in self._parts for name in observer.subjects]
+
+    @property
+    def taken(self) -> int:
+        """Steps that have been taken; the last of them may not have been read yet."""
+        return max(self.step, *(getattr(observer, "taken", 0) for _, observer in self._parts))
 
     def _begin_guarding(self, guard: Guard, others: Sequence[object]) -> Any:
         from isograd.frameworks.torch import FlightRecorder, Guarding
 
         models, optimizers = self._things
+        observer = next(one for framework, one in self._parts if framework == "torch")
         if guard.capsules:
             limits = Limits(number=guard.capsules)
             self._flight = FlightRecorder(self.path, limits=limits, on_warning=_warn, shield=self._guard_shield)
@@ -140,9 +182,9 @@ class Watch:
             only=optimizers,
             on_event=self._note_guard,
             on_warning=_warn,
-            reading_of=self._observer.reading_of,
-            place_of=self._observer.place_of,
-            clips=lambda: self._observer.clips,
+            reading_of=observer.reading_of,
+            place_of=observer.place_of,
+            clips=lambda: observer.clips,
             flight=self._flight,
             later=self._facts_of_run,
             others=others,
@@ -158,7 +200,7 @@ class Watch:
         return {"diagnosis": found.to_dict(), "command": list(sys.argv), "statistics": _last_rows(run.histories)}
 
     def _note_guard(self, kind: str, data: dict[str, Any], place: tuple[str, int] | None) -> None:
-        if place is not None and place[0] in self._observer.subjects:
+        if place is not None and place[0] in self._subjects:
             subject, step = place
             self._file.write_event(subject, Event(step=step, kind=kind, data=data))
         else:
@@ -179,7 +221,7 @@ class Watch:
     @property
     def deep_step(self) -> int | None:
         """The last step at which the deep tier was read, None before the first."""
-        return self._observer.deep_step
+        return max((one.deep_step for _, one in self._parts if one.deep_step is not None), default=None)
 
     @property
     def overhead(self) -> float:
@@ -189,7 +231,8 @@ class Watch:
     def run(self) -> Run:
         """Everything recorded so far."""
         if self._is_open:
-            self._shield.call(self._observer.drain)
+            for _, observer in self._parts:
+                self._shield.call(observer.drain)
         return self._file.read()
 
     def histories(self) -> tuple[History, ...]:
@@ -246,13 +289,15 @@ class Watch:
         Raises CannotApply, a sentence, with nothing changed, where the program has no place for one of the changes,
         and where the watch is closed.
         """
-        from isograd.frameworks.torch import Applier
-
         if not self._is_open:
             raise CannotApply("This run is over: there is nothing to change any more.")
+        framework = next((name for name, one in self._parts if one.subjects), self._parts[0][0])
+        make = getattr(load(framework), "Applier", None)
+        if make is None:
+            raise CannotApply(f"isograd cannot change a program of {framework} while it runs.")
         changes = treatment.changes if isinstance(treatment, Treatment) else treatment
         models, optimizers = self._things
-        applier = Applier(
+        applier = make(
             changes if isinstance(changes, Sequence) else (changes,),
             on_event=self._note_change,
             on_refusal=_warn,
@@ -268,7 +313,7 @@ class Watch:
 
         def undo() -> tuple[str, ...]:
             self._shield.call(self._observer.settle)
-            left = applier.undo()
+            left: tuple[str, ...] = applier.undo()
             self._shield.call(self._observer.redescribe)
             return left
 
@@ -276,8 +321,8 @@ class Watch:
 
     def _note_change(self, kind: str, data: dict[str, Any]) -> None:
         self._untold.append((kind, data))
-        if self._observer.subjects:
-            self._tell_changes(self._observer.subjects[0])
+        if self._subjects:
+            self._tell_changes(self._subjects[0])
 
     def _tell_changes(self, subject: str) -> None:
         untold, self._untold = self._untold, []
@@ -307,8 +352,9 @@ class Watch:
             self._guarding.stop()
         if self._flight is not None:
             self._flight.close()  # what is being written asks the run file
-        self._observer.detach(error)
-        self._tell_changes((self._observer.subjects or ["model"])[0])
+        for _, observer in self._parts:
+            observer.detach(error)
+        self._tell_changes((self._subjects or ["model"])[0])
         if error is not None:
             with contextlib.suppress(Exception):  # an exception of the user's may fail to tell what it is
                 self._note_end(error)
@@ -328,10 +374,12 @@ class Watch:
     def _note_end(self, error: BaseException) -> None:
         kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "exception"
         data = {"type": type(error).__name__, "message": str(error)[:1000]}
-        for subject in self._observer.subjects or ["model"]:
+        for subject in self._subjects or ["model"]:
             self._file.write_event(subject, Event(step=max(0, self.step - 1), kind=kind, data=data))
 
     def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
+        if not self.step and len(self._parts) > 1:  # of several frameworks that were imported, this one trains
+            self._file.set_meta(framework=next(name for name, one in self._parts if subject in one.subjects))
         if self._untold:
             self._tell_changes(subject)
         self.step = max(self.step, step + 1)
@@ -342,8 +390,9 @@ class Watch:
 
     def _detached(self, what: str) -> None:
         _warn(f"stopped watching at step {self.step} because of an error of its own, training goes on: {what}")
-        self._observer.release()
-        for subject in self._observer.subjects:
+        for _, observer in self._parts:
+            observer.release()
+        for subject in self._subjects:
             self._file.write_event(subject, Event(step=self.step, kind="watch-detached", data={"message": what}))
 
     def _unguarded(self, what: str) -> None:
@@ -360,13 +409,15 @@ class Watch:
         Lists, numbers and strings, always under the same names.
         """
         guard = None if self._guarding is None else self._guarding.state_dict()
-        return {"schema": 1, "watch": self._observer.state_dict(), "guard": guard}
+        watch = {name: state for _, one in self._parts for name, state in one.state_dict().items()}
+        return {"schema": 1, "watch": watch, "guard": guard}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Raises ValueError for anything else."""
         if state.get("schema") != 1:
             raise ValueError("this is not the state_dict of a watch, or one of a newer isograd")
-        self._shield.call(self._observer.load_state_dict, state["watch"])
+        for _, observer in self._parts:
+            self._shield.call(observer.load_state_dict, state["watch"])
         if self._guarding is not None and state["guard"] is not None:
             self._guarding.load_state_dict(state["guard"])
 
@@ -423,8 +474,9 @@ def watch(
 ) -> Watch | Off:
     """Watch models and optimizers while they train.
 
-    `things`: modules and optimizers in any order; none at all watches everything that trains in this process. A model
-    alone is watched with whatever optimizers hold its parameters. Anything else with `state_dict` and `load_state_dict`
+    `things`: modules and optimizers of PyTorch in any order, models of Keras, or monitors of optax chains
+    (`isograd.frameworks.jax.monitor`); none at all watches everything that trains in this process. A model alone is
+    watched with whatever optimizers hold its parameters. Anything else with `state_dict` and `load_state_dict`
     (an average of the weights, a data loader) belongs to what a guard goes back to. `out`: folder for run folders
     (`isograd-runs`). `every`: largest distance between deep readings in steps (100). `budget`: largest share of wall
     time that watching may take after its first 2 s, as a fraction (0.01). `guard`: what may be done at a bad step;
@@ -438,12 +490,12 @@ def watch(
     settings = load_settings(out=out, every=every, budget=budget)
     if not settings.enabled:
         return Off()
-    from isograd.frameworks.torch import sort
-
-    models, optimizers, others = sort(things)
-    return Watch(
+    framework, *more = [framework_of(things)] if things else imported()
+    models, optimizers, others = load(framework).sort(things)
+    run = Watch(
         models,
         optimizers,
+        framework=framework,
         out=settings.out,
         every=settings.every,
         budget=settings.budget,
@@ -453,6 +505,9 @@ def watch(
         guard=guard,
         others=others,
     )
+    for other in more:
+        run.join(other)
+    return run
 
 
 def _last_rows(histories: Sequence[History]) -> dict[str, Any]:

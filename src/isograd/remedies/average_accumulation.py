@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import keras_optimizer, rate_in_words
 from isograd._remedy import Inapplicable, Remedy
 
 
@@ -42,3 +43,12 @@ class AverageAccumulation(Remedy):
     def code(self, history: History) -> str:
         del history
         return "(loss / num_micro_batches).backward()"
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "# Keras averages over the steps itself, where the optimizer accumulates:\n"
+            f"optimizer = keras.optimizers.{keras_optimizer(history)}(\n"
+            f"    learning_rate={rate_in_words(history)}, gradient_accumulation_steps=4\n"
+            ")\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
+        )

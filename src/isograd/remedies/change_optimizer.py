@@ -67,3 +67,14 @@ class ChangeOptimizer(Remedy):
         momentum = ", momentum=0.9" if self.optimizer == "SGD" else ""
         rate = f", lr={self.lr:g}" if self.lr else ""
         return f"optimizer = torch.optim.{self.optimizer}({history.subject}.parameters(){rate}{momentum})"
+
+    def keras_code(self, history: History) -> str:
+        name = "Nadam" if self.optimizer == "NAdam" else self.optimizer
+        if name == "RAdam":
+            return "# Keras has no RAdam; Adam with a warm-up does the same (arXiv:1910.04209)"
+        momentum = ", momentum=0.9" if name == "SGD" else ""
+        rate = f"learning_rate={self.lr:g}" if self.lr else "learning_rate=lr"
+        return (
+            f"optimizer = keras.optimizers.{name}({rate}{momentum})\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
+        )

@@ -41,3 +41,7 @@ class CheckLabels(Remedy):
     def code(self, history: History) -> str:
         del history
         return "values, counts = target.unique(return_counts=True)\nprint(dict(zip(values.tolist(), counts.tolist())))"
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return "values, counts = np.unique(y, return_counts=True)\nprint(dict(zip(values.tolist(), counts.tolist())))"

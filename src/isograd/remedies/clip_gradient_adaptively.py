@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import keras_optimizer, rate_in_words
 from isograd._remedy import Remedy
 
 
@@ -50,4 +51,22 @@ class ClipGradientAdaptively(Remedy):
             "    norm = w.grad.norm(dim=axes, keepdim=True).clamp_min(1e-12)\n"
             f"    w.grad.mul_((limit.clamp_min({self.ratio * 1e-3:g}) / norm).clamp_max(1.0))\n"
             "optimizer.step()"
+        )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            f"class Clipped(keras.optimizers.{keras_optimizer(history)}):\n"
+            "    def apply(self, grads, variables=None):\n"
+            "        pairs = zip(grads, variables or self._trainable_variables)\n"
+            "        super().apply([clipped(g, w) for g, w in pairs], variables)\n\n\n"
+            "def clipped(grad, weights):\n"
+            "    if len(weights.shape) < 2:\n"
+            "        return grad\n"
+            "    axes = tuple(range(len(weights.shape) - 1))\n"
+            "    size = keras.ops.norm(weights, axis=axes, keepdims=True)\n"
+            "    norm = keras.ops.norm(grad, axis=axes, keepdims=True)\n"
+            f"    limit = {self.ratio:g} * keras.ops.maximum(size, 1e-3)\n"
+            "    return grad * keras.ops.minimum(1.0, limit / (norm + 1e-12))\n\n\n"
+            f"optimizer = Clipped(learning_rate={rate_in_words(history)})\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import global_gradient_norms, short
 from isograd._remedy import Remedy
 
 
@@ -64,4 +67,14 @@ class ClipGradientByHistory(Remedy):
             f"    limit = {limit}\n"
             f"    torch.nn.utils.clip_grad_norm_({history.subject}.parameters(), limit)\n"
             "optimizer.step()"
+        )
+
+    def keras_code(self, history: History) -> str:
+        norms, limit = global_gradient_norms(history), 1.0
+        if len(norms):
+            spread = np.mean(norms) + self.z * np.std(norms)
+            limit = short(float(spread if self.method == "z-score" else np.percentile(norms, self.percentile)))
+        return (
+            "# as the gradient norms of this run have it:\n"
+            f"{history.subject}.optimizer.global_clipnorm = {limit:g}  # after compile, before fit"
         )

@@ -62,3 +62,6 @@ class ClipGradientNorm(Remedy):
             f"torch.nn.utils.clip_grad_norm_({history.subject}.parameters(), {self.max_norm:g})  # before the step\n"
             "optimizer.step()"
         )
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.optimizer.global_clipnorm = {self.max_norm:g}  # after compile, before fit"

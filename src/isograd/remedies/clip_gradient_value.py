@@ -45,3 +45,6 @@ class ClipGradientValue(Remedy):
             f"torch.nn.utils.clip_grad_value_({history.subject}.parameters(), {self.limit:g})  # before the step\n"
             "optimizer.step()"
         )
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.optimizer.clipvalue = {self.limit:g}  # after compile, before fit"

@@ -48,3 +48,11 @@ class ClipWeights(Remedy):
             f"    for parameter in {history.subject}.parameters():\n"
             f"        parameter.clamp_(-{self.limit:g}, {self.limit:g})"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "def clamp(weights):\n"
+            f"    return keras.ops.clip(weights, -{self.limit:g}, {self.limit:g})\n\n\n"
+            f"for variable in {history.subject}.trainable_variables:\n"
+            "    variable.constraint = clamp  # once the model is built"
+        )

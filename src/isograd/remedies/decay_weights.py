@@ -44,3 +44,6 @@ class DecayWeights(Remedy):
 
     def code(self, history: History) -> str:
         return f"for group in optimizer.param_groups:\n    group['weight_decay'] = {self.weight_decay:g}"
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.optimizer.weight_decay = {self.weight_decay:g}  # after compile, before fit"

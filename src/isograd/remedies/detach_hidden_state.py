@@ -43,3 +43,7 @@ class DetachHiddenState(Remedy):
             "hidden = hidden.detach()  # an LSTM: tuple(h.detach() for h in hidden)\n"
             f"output, hidden = {history.subject}(inputs, hidden)"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return "state = keras.ops.stop_gradient(state)  # before the next call"

@@ -58,3 +58,9 @@ class FindLearningRate(Remedy):
         rate = first_learning_rate(history)
         new = f"{short(rate * self.factor):g}" if rate is not None else f"{self.factor:g} * lr"
         return f"for group in optimizer.param_groups:\n    group['lr'] = {new}"
+
+    def keras_code(self, history: History) -> str:
+        rate = first_learning_rate(history)
+        new = f"{short(rate * self.factor):g}" if rate is not None else f"{self.factor:g} * lr"
+        was = f"  # was {rate:g}" if rate is not None else ""
+        return f"{history.subject}.optimizer.learning_rate = {new}{was}"

@@ -46,3 +46,10 @@ class FreezeParameters(Remedy):
             f"trained = [p for p in {history.subject}.parameters() if p.requires_grad]\n"
             "optimizer = torch.optim.SGD(trained, lr=lr)"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "backbone.trainable = False\n"
+            "# Keras takes notice of it in compile:\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
+        )

@@ -78,6 +78,45 @@ class InsertNormalization(Remedy):
         made = {layer.name: self._normalized(layer) for layer in hidden if not self._is_by_hand(layer)}
         return "\n".join(filter(None, [replace_modules(history, made), *lines]))
 
+    def keras_code(self, history: History) -> str:
+        order = sorted((layer for layer in history.layers if layer.role == "module"), key=lambda layer: layer.position)
+        followed = {before.name for before, after in pairwise(order) if after.kind in NORMALIZATIONS}
+        hidden = [layer for layer in weighted(history)[:-1] if layer.name not in followed]
+        made = {layer.name: self._keras_layer(layer) for layer in hidden}
+        lines = [f"    {key!r}: {value},".replace("'", '"') for key, value in made.items()]
+        return "\n".join(
+            [
+                "normalizations = {",
+                *lines,
+                "}",
+                "",
+                "",
+                "def normalized(layer, *args, **kwargs):",
+                "    if layer.name not in normalizations:",
+                "        return layer(*args, **kwargs)",
+                "    function, layer.activation = layer.activation, None",
+                "    x = normalizations[layer.name](layer(*args, **kwargs))",
+                '    name = f"{layer.name}_activation"',
+                "    return keras.layers.Activation(function, name=name)(x)",
+                "",
+                "",
+                "# when the model is made, before compile:",
+                f"graph = keras.Model({history.subject}.inputs, {history.subject}.outputs)",
+                f"{history.subject} = keras.models.clone_model(",
+                "    graph, call_function=normalized",
+                ")",
+            ]
+        )
+
+    def _keras_layer(self, layer: Layer) -> str:
+        """An expression of the normalization behind a layer."""
+        size = layer.units or (layer.shape[-1] if layer.shape else 0)
+        if self.kind == "group" or (self.kind == "layer" and layer.kind == "conv"):
+            groups = 1 if self.kind == "layer" else math.gcd(32, size)
+            return f"keras.layers.GroupNormalization({groups})"
+        made = {"batch": "BatchNormalization", "layer": "LayerNormalization", "rms": "RMSNormalization"}[self.kind]
+        return f"keras.layers.{made}()"
+
     def _is_by_hand(self, layer: Layer) -> bool:
         return layer.kind == "conv" and self.kind == "rms"
 

@@ -71,3 +71,39 @@ class InsertShortcuts(Remedy):
         }
         alpha = "self.alpha = torch.nn.Parameter(torch.zeros(()))  # in __init__\n" if self.kind == "rezero" else ""
         return f"{alpha}# in forward, around each block that keeps the shape:\nx = {scale[self.kind]}"
+
+    def keras_code(self, history: History) -> str:
+        pairs = pairwise(weighted(history)[:-1])
+        names = [f'    "{after.name}",' for before, after in pairs if after.units == before.units]
+        scaled = [
+            "    scale = keras.layers.EinsumDense(",
+            '        "...a,a->...a", y.shape[1:], kernel_initializer="zeros"',
+            "    )",
+            "    return keras.layers.Add()([x, scale(y)])",
+        ]
+        joined = {
+            "residual": ["    return keras.layers.Add()([x, y])"],
+            "rezero": scaled,
+            "dense": ["    return keras.layers.Concatenate()([x, y])"],
+        }[self.kind]
+        return "\n".join(
+            [
+                "blocks = {",
+                *names,
+                "}",
+                "",
+                "",
+                "def with_shortcut(layer, x, *args, **kwargs):",
+                "    y = layer(x, *args, **kwargs)",
+                "    if layer.name not in blocks:",
+                "        return y",
+                *joined,
+                "",
+                "",
+                "# when the model is made, before compile:",
+                f"graph = keras.Model({history.subject}.inputs, {history.subject}.outputs)",
+                f"{history.subject} = keras.models.clone_model(",
+                "    graph, call_function=with_shortcut",
+                ")",
+            ]
+        )

@@ -44,3 +44,10 @@ class MatchShapes(Remedy):
             "loss = loss_fn(prediction.squeeze(-1), target)  # or target.unsqueeze(-1)\n"
             "assert prediction.shape == target.shape"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return (
+            "y = y.reshape(-1, 1)  # for a model that returns (batch, 1)\n"
+            "assert model.predict(x[:1]).shape == y[:1].shape"
+        )

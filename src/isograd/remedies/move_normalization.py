@@ -45,3 +45,12 @@ class MoveNormalization(Remedy):
             "x = x + self.attention(self.norm1(x))  # in a block of your own\n"
             "x = x + self.feedforward(self.norm2(x))"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return (
+            "y = keras.layers.LayerNormalization()(x)\n"
+            "x = x + keras.layers.MultiHeadAttention(num_heads, key_dim)(y, y)\n"
+            "y = keras.layers.LayerNormalization()(x)\n"
+            "x = x + feedforward(y)"
+        )

@@ -47,3 +47,11 @@ class NormalizeQueriesAndKeys(Remedy):
             "attend = torch.nn.functional.scaled_dot_product_attention\n"
             "attended = attend(query, key, value)"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return (
+            "query = keras.layers.RMSNormalization()(query)\n"
+            "key = keras.layers.RMSNormalization()(key)\n"
+            "scores = keras.ops.matmul(query, keras.ops.swapaxes(key, -1, -2))"
+        )

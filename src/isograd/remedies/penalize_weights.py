@@ -50,3 +50,10 @@ class PenalizeWeights(Remedy):
             f"penalty = sum({' + '.join(terms) or '0.0'} for w in weights)\n"
             "(loss + penalty).backward()"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            f"for variable in {history.subject}.trainable_variables:\n"
+            "    if len(variable.shape) > 1:  # once the model is built\n"
+            f"        variable.regularizer = keras.regularizers.L1L2({self.l1:g}, {self.l2 / 2:g})"
+        )

@@ -41,3 +41,6 @@ class RaiseBatchSize(Remedy):
     def code(self, history: History) -> str:
         del history
         return "loader = torch.utils.data.DataLoader(\n    dataset, batch_size=32, shuffle=True, drop_last=True\n)"
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.fit(x, y, batch_size=32)"

@@ -52,3 +52,7 @@ class RaisePrecision(Remedy):
         return (
             f"# and remove .half() and .bfloat16() from the inputs; autocast keeps the speed\n{history.subject}.float()"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return 'keras.config.set_dtype_policy("float32")  # before the model is made'

@@ -46,3 +46,10 @@ class ReconnectGraph(Remedy):
             "# padding_idx only for an index that is no entry\n"
             "embedding = torch.nn.Embedding(num_entries, width)"
         )
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return (
+            "weights = keras.ops.softmax(scores)  # no argmax, no stop_gradient\n"
+            "attended = keras.ops.matmul(weights, values)"
+        )

@@ -57,6 +57,18 @@ class RegisterParameters(Remedy):
             ]
         )
 
+    def keras_code(self, history: History) -> str:
+        del history
+        return (
+            "# Keras trains what layers make, in attributes, lists and dicts:\n"
+            "class Scale(keras.Layer):\n"
+            "    def build(self, input_shape):\n"
+            '        self.scale = self.add_weight(shape=(), initializer="ones")\n'
+            "\n"
+            "    def call(self, x):\n"
+            "        return self.scale * x"
+        )
+
 
 def _containers(history: History) -> Iterator[tuple[str, str]]:
     """(attribute, what torch has for it) of the lists and dicts in which parameters were found: `Net.blocks[1].bias` is

@@ -44,6 +44,32 @@ _CODE = {
     ),
 }
 
+_FILL = "layer.kernel.assign(draw(layer.kernel.shape))"
+_KERAS_CODE = {
+    "xavier": ('hasattr(layer, "kernel")', "draw = keras.initializers.GlorotUniform()", _FILL),
+    "kaiming": ('hasattr(layer, "kernel")', "draw = keras.initializers.HeNormal()", _FILL),
+    "orthogonal": (
+        "isinstance(layer, keras.layers.RNN)",
+        "cell = layer.cell",
+        "gates = cell.kernel.shape[1] // cell.units",
+        "draws = [keras.initializers.Orthogonal() for gate in range(gates)]",
+        "shape = cell.units, cell.units",
+        "blocks = [keras.ops.convert_to_numpy(draw(shape)) for draw in draws]",
+        "cell.recurrent_kernel.assign(np.concatenate(blocks, axis=1))",
+    ),
+    "forget-bias": (
+        "isinstance(layer, keras.layers.LSTM)",
+        "bias = keras.ops.convert_to_numpy(layer.cell.bias).copy()",
+        "bias[layer.units : 2 * layer.units] = 1.0",
+        "layer.cell.bias.assign(bias)",
+    ),
+    "identity-recurrence": (
+        "isinstance(layer, keras.layers.SimpleRNN)",
+        "layer.cell.recurrent_kernel.assign(keras.ops.eye(layer.units))",
+    ),
+}
+"""The same for Keras: the condition on a layer, and what is done with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReinitializeLayers(Remedy):
@@ -101,7 +127,7 @@ class ReinitializeLayers(Remedy):
             return
         first = _BEST.get(main_activation(history), "xavier")
         yield cls(method=first)
-        yield cls(method="lsuv")
+        yield cls(method="orthogonal" if history.meta.get("framework") == "keras" else "lsuv")
 
     def changes(self, history: History) -> tuple[Change, ...]:
         has_matrix = any(len(parameter.shape) > 1 for parameter in history.parameters)
@@ -117,5 +143,18 @@ class ReinitializeLayers(Remedy):
                 f"isograd.frameworks.torch.initialize({history.subject}, {self.method!r})"
             )
         return f"for layer in {history.subject}.modules():\n    if isinstance(layer, {body[0]}):\n" + "\n".join(
+            f"        {line}" for line in body[1:]
+        )
+
+    def keras_code(self, history: History) -> str:
+        body = _KERAS_CODE.get(self.method)
+        if body is None:
+            # Of those that Keras has no counterpart for, "critical" keeps signals without a batch or blocks to look at.
+            method = "critical" if self.method in ("lsuv", "fixup") else self.method
+            return (
+                "from isograd.frameworks.keras import initialize\n\n"
+                f"initialize({history.subject}, {method!r})  # once the model is built"
+            )
+        return f"for layer in {history.subject}.layers:\n    if {body[0]}:\n" + "\n".join(
             f"        {line}" for line in body[1:]
         )

@@ -41,3 +41,7 @@ class RemoveLayers(Remedy):
     def code(self, history: History) -> str:
         del history
         return "layers = layers[:2]\n# or the initial residual of GCNII: h = layer(h) + alpha * h0"
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return "# drop layers from the end of the stack, but for the output:\nx = blocks[1](blocks[0](x))"

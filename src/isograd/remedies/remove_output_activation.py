@@ -10,6 +10,7 @@ from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
 from isograd._loss_graph import loss_graphs
+from isograd._program import weighted
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -91,6 +92,23 @@ class RemoveOutputActivation(Remedy):
             return f"# remove the {kind or 'activation'} {where}:\nreturn x  # the last layer's result"
         call = "torch.sigmoid(x)" if target == "sigmoid" else "torch.softmax(x, dim=-1)"
         return f"# in place of the {kind} {where}:\nreturn {call}"
+
+    def keras_code(self, history: History) -> str:
+        kind, target = self._resolved(history)
+        new = {"identity": "linear", "sigmoid": "sigmoid", "softmax": "softmax"}[target]
+        last = max(weighted(history), key=lambda layer: layer.position, default=None)
+        end, model = -1.0 if last is None else last.position, history.subject
+        behind = [x.name for x in history.layers if x.role == "module" and x.kind == kind and x.position > end]
+        if behind and target == "identity":
+            return (
+                "# before compile:\n"
+                f'output = {model}.get_layer("{behind[-1]}").input\n'
+                f"{model} = keras.Model({model}.inputs, output)"
+            )
+        where = "layers[-1]" if last is None else f'get_layer("{behind[-1] if behind else last.name}")'
+        return (
+            f"# in place of the {kind or 'activation'}:\n{history.subject}.{where}.activation = keras.activations.{new}"
+        )
 
     def _resolved(self, history: History) -> tuple[str | None, Target]:
         kind, target = _output(history)

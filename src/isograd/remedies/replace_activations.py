@@ -77,3 +77,32 @@ class ReplaceActivations(Remedy):
         calls = sorted({layer.type for layer in gone if layer.role == "operation"})
         lines = [f"# in forward: torch.nn.functional.{self.target.replace('-', '_')} in place of {', '.join(calls)}"]
         return "\n".join(filter(None, [replace_modules(history, modules), *(lines if calls else [])]))
+
+    def keras_code(self, history: History) -> str:
+        gone = [layer for layer in hidden_activations(history) if layer.kind != self.target]
+        owners = {layer.name for layer in history.layers if layer.role == "module"}
+        fused = [name for layer in gone if (name := layer.name.rpartition(".")[0]) in owners]
+        names = [*(layer.name for layer in gone if layer.role == "module"), *fused]
+        function = {"hardtanh": "hard_tanh"}.get(self.target, self.target.replace("-", "_"))
+        return "\n".join(
+            [
+                "gone = {",
+                *(f'    "{name}",' for name in names),
+                "}",
+                "",
+                "",
+                "def changed(layer):",
+                "    config = layer.get_config()",
+                '    if layer.name in gone and "activation" in config:',
+                f'        config["activation"] = "{function}"',
+                "    elif layer.name in gone:",
+                f'        return keras.layers.Activation("{function}", name=layer.name)',
+                "    return type(layer).from_config(config)",
+                "",
+                "",
+                "# when the model is made, before compile:",
+                f"{history.subject} = keras.models.clone_model(",
+                f"    {history.subject}, clone_function=changed",
+                ")",
+            ]
+        )

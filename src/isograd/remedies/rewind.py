@@ -45,3 +45,6 @@ class Rewind(Remedy):
             f"{history.subject}.load_state_dict(checkpoint['model'])\n"
             "optimizer.load_state_dict(checkpoint['optimizer'])"
         )
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject} = keras.models.load_model(path)  # with its optimizer"

@@ -44,3 +44,6 @@ class ScaleLoss(Remedy):
         return (
             "scaler = torch.amp.GradScaler()\n\nscaler.scale(loss).backward()\nscaler.step(optimizer)\nscaler.update()"
         )
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.optimizer.loss_scale_factor = {self.scale:g}  # after compile, before fit"

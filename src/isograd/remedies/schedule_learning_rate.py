@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, cast, get_args
 from isograd import _changes
 from isograd._changes import Change, ScheduleShape
 from isograd._history import History
-from isograd._program import largest_learning_rate
+from isograd._program import first_learning_rate, largest_learning_rate
 from isograd._remedy import Remedy
 from isograd._rule import Finding
 
@@ -75,3 +75,32 @@ class ScheduleLearningRate(Remedy):
         }[self.shape]
         step = "scheduler.step(loss)" if self.shape == "plateau" else "scheduler.step()"
         return f"scheduler = torch.optim.lr_scheduler.{made}\n\noptimizer.step()\n{step}  # after every step"
+
+    def keras_code(self, history: History) -> str:
+        steps = self.steps or max(1, history.num_steps)
+        rate = first_learning_rate(history)
+        lr = "lr" if rate is None else f"{rate:g}"
+        if self.shape == "constant":
+            return f"# without a schedule or callback\n{history.subject}.optimizer.learning_rate = {lr}"
+        if self.shape == "plateau":
+            made = f'keras.callbacks.ReduceLROnPlateau(\n    monitor="loss", factor={self.end or 0.1:g}\n)'
+            return f"plateau = {made}\n{history.subject}.fit(x, y, callbacks=[plateau])"
+        if self.shape == "inverse-sqrt":
+            return (
+                "class InverseSqrt(keras.optimizers.schedules.LearningRateSchedule):\n"
+                "    def __call__(self, step):\n"
+                f'        later = keras.ops.maximum({steps}.0, keras.ops.cast(step, "float32") + 1)\n'
+                f"        return {lr} * keras.ops.sqrt({steps} / later)\n\n\n"
+                f"{history.subject}.optimizer.learning_rate = InverseSqrt()  # before fit"
+            )
+        made = {
+            "warm-up": f"PolynomialDecay(\n    {lr} / {steps}, {steps}, end_learning_rate={lr}\n)",
+            "linear": f"PolynomialDecay(\n    {lr}, {steps}, end_learning_rate={self.end:g} * {lr}\n)",
+            "step": f"ExponentialDecay(\n    {lr}, {steps}, {self.end or 0.1:g}, staircase=True\n)",
+            "exponential": f"ExponentialDecay(\n    {lr}, {steps}, {max(self.end, 1e-3):g}\n)",
+            "cosine": f"CosineDecay(\n    {lr}, {steps}, alpha={self.end:g}\n)",
+        }[self.shape]
+        return (
+            f"schedule = keras.optimizers.schedules.{made}\n"
+            f"{history.subject}.optimizer.learning_rate = schedule  # before fit"
+        )

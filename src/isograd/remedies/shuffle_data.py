@@ -41,3 +41,6 @@ class ShuffleData(Remedy):
     def code(self, history: History) -> str:
         del history
         return "loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True)"
+
+    def keras_code(self, history: History) -> str:
+        return f"{history.subject}.fit(x, y, shuffle=True)  # a tf.data.Dataset: dataset.shuffle(10_000)"

@@ -49,3 +49,12 @@ class SkipBadSteps(Remedy):
             "    optimizer.step()\n"
             "optimizer.zero_grad()"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "# leaves out steps whose gradients are not finite; the scale stays 1:\n"
+            "optimizer = keras.optimizers.LossScaleOptimizer(\n"
+            f"    {history.subject}.optimizer, initial_scale=1.0, dynamic_growth_steps=10**9\n"
+            ")\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
+        )

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
-from isograd._program import hyperparameter, is_seen
+from isograd._program import hyperparameter, is_seen, rate_in_words
 from isograd._remedy import Inapplicable, Remedy
 from isograd._rule import Finding
 
@@ -77,4 +77,25 @@ class StabilizeOptimizer(Remedy):
             "        rate = optimizer.param_groups[0]['lr']\n"
             "        rms = (p - old).square().mean().sqrt() / rate\n"
             f"        p.copy_(old + (p - old) / (rms / {self.clip:g}).clamp_min(1.0))"
+        )
+
+    def keras_code(self, history: History) -> str:
+        lines = []
+        if self.eps:
+            lines.append(f"{history.subject}.optimizer.epsilon = {self.eps:g}  # after compile, before fit")
+        if self.beta2:
+            lines.append(f"{history.subject}.optimizer.beta_2 = {self.beta2:g}  # after compile, before fit")
+        if not self.clip:
+            return "\n".join(lines)
+        return "\n".join(
+            [
+                *lines,
+                "# the optimizer of Keras that clips its updates by their RMS:",
+                "optimizer = keras.optimizers.Adafactor(",
+                f"    learning_rate={rate_in_words(history)},",
+                "    relative_step=False,",
+                f"    clip_threshold={self.clip:g},",
+                ")",
+                f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)",
+            ]
         )

@@ -48,3 +48,10 @@ class StandardizeInputs(Remedy):
             "mean, std = inputs.mean(0), inputs.std(0).clamp_min(1e-8)\n"
             "inputs = (inputs - mean) / std"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "normalization = keras.layers.Normalization()\n"
+            "normalization.adapt(x)  # of the training set; it is saved with the model\n"
+            f"{history.subject} = keras.Sequential([normalization, {history.subject}])  # before compile"
+        )

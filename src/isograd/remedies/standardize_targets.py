@@ -50,3 +50,11 @@ class StandardizeTargets(Remedy):
             f"loss = loss_fn({history.subject}(inputs), (targets - mean) / std)\n"
             f"prediction = {history.subject}(inputs) * std + mean  # when the model is applied"
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "# of the training set, and kept with the model:\n"
+            "mean, std = y.mean(0), y.std(0)\n"
+            f"{history.subject}.fit(x, (y - mean) / std)\n"
+            f"prediction = {history.subject}.predict(x) * std + mean"
+        )

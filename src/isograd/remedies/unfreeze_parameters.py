@@ -44,3 +44,11 @@ class UnfreezeParameters(Remedy):
             "backbone.requires_grad_(True)\n"
             'optimizer.add_param_group({"params": backbone.parameters(), "lr": 0.1 * lr})'
         )
+
+    def keras_code(self, history: History) -> str:
+        return (
+            "backbone.trainable = True\n"
+            "# Keras takes notice of it in compile:\n"
+            "optimizer = keras.optimizers.Adam(learning_rate=0.1 * lr)\n"
+            f"{history.subject}.compile(optimizer=optimizer, loss={history.subject}.loss)"
+        )

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from isograd import _changes
 from isograd._changes import Change
 from isograd._history import History
+from isograd._program import rate_in_words
 from isograd._remedy import Remedy
 from isograd._rule import Finding
 
@@ -54,4 +55,13 @@ class WarmUpLearningRate(Remedy):
             ")\n\n"
             "optimizer.step()\n"
             "warm_up.step()  # after every step"
+        )
+
+    def keras_code(self, history: History) -> str:
+        lr = rate_in_words(history)
+        return (
+            "warm_up = keras.optimizers.schedules.PolynomialDecay(\n"
+            f"    {lr} / {self.steps}, {self.steps}, end_learning_rate={lr}\n"
+            ")\n"
+            f"{history.subject}.optimizer.learning_rate = warm_up  # after compile, before fit"
         )

@@ -42,3 +42,7 @@ class ZeroGradients(Remedy):
     def code(self, history: History) -> str:
         del history
         return "optimizer.zero_grad()  # at the beginning of each step\nloss.backward()\noptimizer.step()"
+
+    def keras_code(self, history: History) -> str:
+        del history
+        return "# fit computes gradients afresh; in a loop of your own on torch:\nmodel.zero_grad()\nloss.backward()"

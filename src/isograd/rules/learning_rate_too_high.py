@@ -118,7 +118,7 @@ class LearningRateTooHigh(Rule):
         norms = history.series.get("weight_norm")
         if norms is None or not len(norms):
             return np.ones(len(columns), dtype=bool)
-        rows = np.array([max(1, history.parameters[index].shape[0]) for index in columns])
+        rows = np.array([max(1, history.units_of(history.parameters[index])) for index in columns])
         # A hundredth of 1 / sqrt(fan_in) in root mean square: far below every initialization but zero.
         return np.asarray(np.nan_to_num(norms.values[0, columns]) >= 0.01 * np.sqrt(rows))
 

@@ -28,8 +28,9 @@ class SaturatedOutput(Rule):
     Detects
         In the loss's graph, a logarithm behind a sigmoid or a softmax, and `pinned` or more of the probabilities at
         an end of their range (for a sigmoid its saturation; for a softmax mean p^2 over mean p, which is 1 where every
-        p is 0 or 1; or the share that a clamp cuts off at the first step), in a run whose loss is stuck above what
-        an answer that knows nothing would have: ln K for K classes, ln 2 for one probability.
+        p is 0 or 1, counted from the 1/K of equal probabilities; or the share that a clamp cuts off at the first step),
+        in a run whose loss is stuck above what an answer that knows nothing would have: ln K for K classes, ln 2 for
+        one probability.
 
     Why it matters
         The derivative of a sigmoid or softmax is p (1 - p), zero where p is 0 or 1 in floating point. The logarithm
@@ -117,4 +118,7 @@ class SaturatedOutput(Rule):
         rms, mean = history.series.get("output_rms"), history.series.get("output_mean")
         if rms is None or mean is None or rms.values.shape != mean.values.shape:
             return np.empty(0)
-        return np.asarray(rms.values[:, column] ** 2 / np.where(mean.values[:, column] > 0, mean.values[:, column], 1))
+        # 1 where every p is 0 or 1, and 1/K where all are equal, which is as far from pinned as can be.
+        ratio = rms.values[:, column] ** 2 / np.where(mean.values[:, column] > 0, mean.values[:, column], 1)
+        uniform = 1 / max(2, layer.units)
+        return np.asarray((ratio - uniform) / (1 - uniform))

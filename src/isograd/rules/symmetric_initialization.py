@@ -81,7 +81,7 @@ class SymmetricInitialization(Rule):
     def _symmetric(
         self, history: History, names: tuple[str, ...], evidence: Evidence, level: Level, words: str, confidence: float
     ) -> Finding:
-        units = next(p.shape[0] for p in history.parameters if p.name == names[0])
+        units = next(history.units_of(p) for p in history.parameters if p.name == names[0])
         others = f", and those of {len(names) - 1} more," if len(names) > 1 else ""
         return self.finding(
             history,

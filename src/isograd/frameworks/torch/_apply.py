@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isograd import _changes
-from isograd._changes import CannotApply, Change
+from isograd._changes import CannotApply, Change, to_dict
 from isograd.frameworks.torch import _describe as describe
 from isograd.frameworks.torch import _step_changes as steps
 from isograd.frameworks.torch import _taps as taps
@@ -426,8 +426,3 @@ def _with_rates(changes: Sequence[Change]) -> Iterator[Change]:
             for name, value in change.hyperparameters:
                 if name == "lr":
                     yield _changes.SetHyperparameter(name="lr", value=value)
-
-
-def to_dict(change: Change) -> dict[str, Any]:
-    """A change as plain values: its type and its fields."""
-    return {"change": type(change).__name__, **asdict(change)}

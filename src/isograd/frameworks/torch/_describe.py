@@ -7,8 +7,7 @@ import math
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from types import FrameType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -201,32 +200,11 @@ def _roots_among(modules: list[nn.Module], parameters: Iterable[Tensor]) -> list
     return list(found.values())
 
 
-def variable_name(thing: object, frame: FrameType | None) -> str | None:
-    """The name under which a frame, or one that called it, knows `thing`: a variable, or an attribute of `self`.
-
-    The outermost frame counts: it has the script's own name where an inner one has a function's argument.
-    """
-    frames = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
-    for outer in reversed(frames):
-        is_users = not outer.f_globals.get("__name__", "").startswith(("torch.", "isograd."))
-        if is_users and (outer.f_code.co_name == "<module>" or not outer.f_code.co_name.startswith("<")):
-            for scope in (outer.f_locals, getattr(outer.f_locals.get("self"), "__dict__", {}), outer.f_globals):
-                name = _name_in(scope, thing)
-                if name is not None:
-                    return name
-    return None
-
-
 def locals_of(error: BaseException) -> Iterator[Tensor]:
     """The tensors among the local variables where `error` was raised and of the callers, innermost frame first."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
         yield from (value for value in frame.f_locals.values() if isinstance(value, Tensor))
-
-
-def _name_in(scope: Any, thing: object) -> str | None:
-    names = (name for name, value in list(scope.items()) if value is thing and isinstance(name, str))
-    return next((name for name in names if not name.startswith("_") and name != "self"), None)
 
 
 def is_sharded(tensor: Tensor) -> bool:

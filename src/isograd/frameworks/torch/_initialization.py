@@ -19,7 +19,7 @@ from torch.nn import init
 
 from isograd import _changes
 from isograd._changes import CannotApply
-from isograd._theory import critical_point, critical_weight_variance
+from isograd._theory import critical_variances
 from isograd.frameworks.torch import _describe as describe
 from isograd.frameworks.torch import _passage as passages
 from isograd.frameworks.torch._passage import Passage
@@ -203,22 +203,6 @@ def _critical(layer: Any, kind: str) -> None:
     init.normal_(layer.weight, std=math.sqrt(weights / max(1, fan_in)))
     if getattr(layer, "bias", None) is not None:
         init.normal_(layer.bias, std=math.sqrt(biases))
-
-
-def critical_variances(kind: str) -> tuple[float, float]:
-    """(C_W, C_b) at which neither gradients nor signals change their size from layer to layer.
-
-    Roberts, Yaida & Hanin 2022: (1.983, 0.173) for GELU, (1.988, 0.555) for SiLU, (2, 0) for ReLU; odd activations such
-    as tanh are critical for small signals: (1, 0). Where there is no such point, the weights that keep gradients where
-    pre-activations have variance 1.
-    """
-    if kind == "identity":
-        return 1.0, 0.0
-    with contextlib.suppress(ValueError):
-        point = critical_point(kind)
-        return point.weight_variance, point.bias_variance
-    small = kind in ("tanh", "softsign", "hardtanh")
-    return critical_weight_variance(kind, 1e-6 if small else 1.0), 0.0
 
 
 _DRAWS: dict[str, Callable[[Any, str], None]] = {

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from isograd._schedule import Schedule
 from isograd._statistics import STATISTICS
 from isograd.frameworks import Recorder, Shield
+from isograd.frameworks import _names as names
 from isograd.frameworks.torch import _architecture as architecture
 from isograd.frameworks.torch import _calls as calls
 from isograd.frameworks.torch import _describe as describe
@@ -98,7 +99,7 @@ class Observer:
     ) -> None:
         """Begin to listen. `frame`: where the models' names are looked up."""
         for model in models:
-            self._adopt_root(model, describe.variable_name(model, frame) or type(model).__name__.lower())
+            self._adopt_root(model, names.variable_name(model, frame) or type(model).__name__.lower())
         for optimizer in optimizers:
             self._seen_optimizers[optimizer] = None
             self._discover(optimizer, frame)
@@ -202,10 +203,10 @@ class Observer:
         if not unknown:
             return
         for root in describe.roots_holding(unknown):
-            self._adopt_root(root, describe.variable_name(root, frame) or type(root).__name__.lower())
+            self._adopt_root(root, names.variable_name(root, frame) or type(root).__name__.lower())
         for parameter in unknown:
             if not self._is_known(parameter):
-                self._loose[id(parameter)] = describe.variable_name(parameter, frame) or ""
+                self._loose[id(parameter)] = names.variable_name(parameter, frame) or ""
                 self._known[id(parameter)] = weakref.ref(parameter)
 
     def _is_known(self, parameter: Tensor) -> bool:

@@ -1,22 +1,20 @@
-"""Seed the user's generators, when asked to, or put them back: the only place in isograd that touches them."""
+"""Seed the user's generators, when asked to, or put them back: the only place in isograd that touches torch's."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
-from collections.abc import Callable, Iterator
-from numbers import Integral
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from isograd.frameworks import _seed as seeds
+
 
 def seed_generators(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is what scripts use
+    seeds.seed_generators(seed)
     torch.manual_seed(seed)
 
 
@@ -27,17 +25,8 @@ def shift_seeds(shift: int) -> None:
     makes for itself, for its data say, stay as they are. For processes of their own: nothing is put back.
     """
     seed_generators(shift)
-
-    def shifted(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def set_seed(seed: Any = None, *args: Any, **kwargs: Any) -> Any:
-            return original(seed + shift if isinstance(seed, Integral) else seed, *args, **kwargs)
-
-        return set_seed
-
-    random.seed = shifted(random.seed)
-    np.random.seed = shifted(np.random.seed)
-    torch.manual_seed = torch.random.manual_seed = shifted(torch.manual_seed)
+    seeds.shift_seeds(shift)
+    torch.manual_seed = torch.random.manual_seed = seeds.shifted(torch.manual_seed, shift)
 
 
 @contextlib.contextmanager

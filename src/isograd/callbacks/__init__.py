@@ -1,0 +1,1 @@
+"""One trainer per file: the callback that watches what it trains."""
