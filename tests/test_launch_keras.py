@@ -104,6 +104,17 @@ def test_so_many_steps_and_a_change(tmp_path):
     assert run.histories[0]["learning_rate"].values[0] == pytest.approx(0.05)
 
 
+def test_a_guard_that_may_do_too_much(tmp_path):
+    """What a guard cannot do in Keras is said in a sentence, and the script is watched all the same."""
+    env = backend("torch")
+    (tmp_path / "train.py").write_text(SICK)
+    done = python("-m", "isograd", "run", "--guard", "skip,clip", "--steps", 3, "train.py", 1, cwd=tmp_path, env=env)
+
+    assert done.returncode == 0, done.stderr
+    assert "a Keras program can be guarded with skip alone, not with clip; it is not guarded." in done.stderr
+    assert recorded(tmp_path).histories[0].num_steps == 3
+
+
 def test_the_callback(tmp_path):
     """`WatchCallback` watches one `fit` and leaves the model as it was; `watch(model)` watches what is in it."""
     env = backend("torch")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = ["index", "tutorial", "guard", "theory", "folklore"]
+PAGES = ["index", "tutorial", "guard", "frameworks", "theory", "folklore"]
 
 
 @pytest.fixture(scope="session")

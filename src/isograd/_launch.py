@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from isograd._changes import Change
 from isograd._errors import BadStep, ScriptError
-from isograd.frameworks import WATCHED, load, with_companions
+from isograd.frameworks import WATCHED, check_guard, load, with_companions
 
 if TYPE_CHECKING:
     from isograd._guard import Guard
@@ -211,6 +211,12 @@ class _Session:
         from isograd._watch import Watch
 
         plan = self._plan
+        guard = plan.guard
+        try:
+            check_guard(framework, guard)
+        except ValueError as error:
+            print(f"isograd: {error}; this run is not guarded.", file=sys.stderr)
+            guard = None
         self._watch = Watch(
             (),
             (),
@@ -228,7 +234,7 @@ class _Session:
             between=self._end_if_over,
             changes=self._plan.changes,
             on_refusal=self._refuse,
-            guard=self._plan.guard,
+            guard=guard,
         )
         if framework == "torch":
             from isograd.frameworks.torch import wrap_spawned

@@ -25,7 +25,7 @@ from isograd._remedy import Treatment
 from isograd._rule import Options
 from isograd._runs import Run
 from isograd._schedule import Schedule
-from isograd.frameworks import framework_of, imported, load
+from isograd.frameworks import check_guard, framework_of, imported, load
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -97,6 +97,7 @@ class Watch:
         others: Sequence[object] = (),
     ) -> None:
         self._shield, self._guard_shield = Shield(self._detached), Shield(self._unguarded)
+        check_guard(framework, guard)
         described = {"rank": 0, **load(framework).describe_run()}
         facts = {"framework": framework, **described, "every": every, "budget": budget, "state": "running", **meta}
         self.reports = facts["rank"] == 0
@@ -132,7 +133,7 @@ class Watch:
         module = load(framework)
         more: dict[str, Any] = {"on_warning": _warn} if framework in ("keras", "tensorflow") else {}
         if self._guard is not None and framework != "torch":
-            more["guard"] = self._guard
+            more["guard"] = self._possible_guard(framework)
         observer = module.Observer(
             self._file,
             self._shield,
@@ -152,6 +153,14 @@ class Watch:
         self._shield.call(observer.attach, models, optimizers, frame)
         if applier is not None:
             applier.listen_last()
+
+    def _possible_guard(self, framework: str) -> Guard | None:
+        try:
+            check_guard(framework, self._guard)
+        except ValueError as error:
+            _warn(f"{error}; it is not guarded.")
+            return None
+        return self._guard
 
     @property
     def _observer(self) -> Any:
@@ -378,8 +387,8 @@ class Watch:
             self._file.write_event(subject, Event(step=max(0, self.step - 1), kind=kind, data=data))
 
     def _stepped(self, subject: str, step: int, readings: dict[str, float]) -> None:
-        if not self.step and len(self._parts) > 1:  # of several frameworks that were imported, this one trains
-            self._file.set_meta(framework=next(name for name, one in self._parts if subject in one.subjects))
+        if not self.step:
+            self._first_step(next((name for name, one in self._parts if subject in one.subjects), ""))
         if self._untold:
             self._tell_changes(subject)
         self.step = max(self.step, step + 1)
@@ -387,6 +396,13 @@ class Watch:
             self._on_step(subject, step, readings)
         if self._live is not None:
             self._live.refresh()
+
+    def _first_step(self, framework: str) -> None:
+        """Of several frameworks that were imported, this one trains."""
+        if len(self._parts) > 1 and framework:
+            self._file.set_meta(framework=framework)
+        if self._changes and framework and not hasattr(load(framework), "Applier"):
+            self._on_refusal(f"isograd cannot change a program of {framework} from outside: nothing was applied.")
 
     def _detached(self, what: str) -> None:
         _warn(f"stopped watching at step {self.step} because of an error of its own, training goes on: {what}")

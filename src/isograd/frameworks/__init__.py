@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:  # `isograd run` reads this before the script may set how NumPy computes
     from numpy.typing import ArrayLike
 
+    from isograd._guard import Guard
     from isograd._history import Event, Layer, Parameter
 
 T = TypeVar("T")
@@ -65,6 +66,13 @@ has asked for a monitor."""
 def load(framework: str) -> Any:
     """What isograd has for a framework: `Observer`, `describe_run`, `sort`, and more where it can do more."""
     return import_module(f"isograd.frameworks.{framework}")
+
+
+def check_guard(framework: str, guard: Guard | None) -> None:
+    """Raises ValueError, a sentence, for a guard that may do more than can be done in programs of this framework."""
+    check = getattr(load(framework), "check_guard", None)
+    if check is not None:
+        check(guard)
 
 
 def imported() -> list[str]:

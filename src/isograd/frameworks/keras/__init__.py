@@ -10,8 +10,11 @@ import keras
 
 from isograd.frameworks import _seed as seeds
 from isograd.frameworks.keras._apply import Applier as Applier
+from isograd.frameworks.keras._guarding import check as check_guard
 from isograd.frameworks.keras._initialization import initialize as initialize
 from isograd.frameworks.keras._observe import Observer as Observer
+
+__all__ = ["Applier", "Observer", "check_guard", "describe_run", "seed_generators", "shift_seeds", "sort"]
 
 
 def describe_run() -> dict[str, Any]:

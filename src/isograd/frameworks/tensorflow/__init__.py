@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from isograd.frameworks.keras import check_guard as check_guard
 from isograd.frameworks.keras import seed_generators as seed_generators
 from isograd.frameworks.keras import shift_seeds as shift_seeds
 from isograd.frameworks.tensorflow._observe import Observer as Observer

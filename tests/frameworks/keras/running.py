@@ -14,7 +14,6 @@ import pytest
 
 FOLDER = Path(__file__).parent
 SUITES = sorted(FOLDER.glob("suite_*.py"))
-BACKENDS = ("tensorflow", "jax", "torch")
 
 # What changes a model, and the code that is printed for it, are in Keras's own words: one backend, the fastest, stands
 # for all of them here. `make keras` runs everything everywhere, which takes a quarter of an hour.
@@ -30,24 +29,17 @@ def environment(**more):
     return {**os.environ, **quiet, **more}
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """What PyTorch says of the trainings that Keras is compared in."""
-    path = tmp_path_factory.mktemp("parity") / "torch.json"
-    subprocess.run([sys.executable, FOLDER / "on_torch.py", path], env=environment(), check=True, timeout=300)
-    return path
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_suites(backend, reference, tmp_path):
-    """Every suite passes on each backend that is installed."""
+def run_suites(backend, folder):
+    """Every suite passes on this backend, if it is installed. `folder`: an empty one."""
     for module in ("keras", backend):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
+    reference = folder / "torch.json"  # what PyTorch says of the trainings that Keras is compared in
+    subprocess.run([sys.executable, FOLDER / "on_torch.py", reference], env=environment(), check=True, timeout=300)
     whole = backend == "torch" or os.environ.get("KERAS_SUITES") == "all"
     suites = [str(path) for path in SUITES if whole or path.name not in ONCE]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += ["--durations=5", f"--basetemp={tmp_path / 'pytest'}", *(f"-W{notice}" for notice in NOTICES), *suites]
+    command += ["--durations=5", f"--basetemp={folder / 'pytest'}", *(f"-W{notice}" for notice in NOTICES), *suites]
     variables = environment(KERAS_BACKEND=backend, PARITY_REFERENCE=str(reference))
     if backend == "jax":  # most of the time goes into compiling
         variables["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
